@@ -1,0 +1,509 @@
+"""Images from noise: the reverse process, with any U-Net and any scheduler that speak diffusers' language.
+
+A saved pipeline carries copies of the source files of its classes, so that diffusers loads it without this package.
+This file, one of them, stands alone: torch, and diffusers with what it is built on.
+"""
+
+import copy
+import inspect
+import json
+import math
+import operator
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import ModelMixin, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import create_repo, file_exists, snapshot_download, upload_folder
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+PIL_CHANNELS = (1, 3, 4)
+
+CARD_FILE, PICTURE_FILE = "README.md", "samples.png"
+CARD_REPO_ID = "namespace/name"  # what a card says until its repository has a name
+CARD = """---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+license: apache-2.0
+tags:
+- unconditional-image-generation
+- diffusion
+- ddpm
+- ddim
+---
+
+# namespace/name
+
+Images from noise by a U-Net and a scheduler of [diffusers](https://huggingface.co/docs/diffusers): a denoising
+diffusion probabilistic model ([DDPM](https://arxiv.org/abs/2006.11239)), which can be sampled in fewer steps as
+[DDIM](https://arxiv.org/abs/2010.02502). Made with the package `mnist-ddpm`.
+
+## Use
+
+With `mnist-ddpm` installed; no code of this repository is run:
+
+```python
+from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline
+
+pipe = MNISTDDPMPipeline.from_pretrained("namespace/name")
+pipe.scheduler = MNISTDDIMScheduler.from_config(pipe.scheduler.config)
+images = pipe(batch_size=16, num_inference_steps=50).images
+```
+
+Without it, by the copies of its source files in this repository, which `trust_remote_code=True` allows to run:
+
+```python
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("namespace/name", trust_remote_code=True)
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+images = pipe(batch_size=16, num_inference_steps=50).images
+```
+
+The parts by themselves:
+
+```python
+from mnist_ddpm import MNISTDDPMScheduler, MNISTUNet2DModel
+
+unet = MNISTUNet2DModel.from_pretrained("namespace/name", subfolder="unet")
+scheduler = MNISTDDPMScheduler.from_pretrained("namespace/name", subfolder="scheduler")
+```
+"""
+
+
+class MNISTDDPMPipeline(DiffusionPipeline):
+    """Unconditional image generation: start from N(0, I), ask the U-Net for each step, let the scheduler take it.
+
+    DDPM's Algorithm 2 (arXiv 2006.11239) with a DDPM scheduler; DDIM and the solvers of diffusers by swapping the
+    scheduler: `pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`.
+
+    Args:
+        unet: `unet(sample, timestep).sample` predicts what the scheduler is configured for; its config has
+            `in_channels` and `sample_size`.
+        scheduler: Any scheduler of this package or of diffusers.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ("latents", "pred_original_sample")
+    _interrupt = False
+    _num_timesteps = 0
+
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Load a saved pipeline from a folder or the Hub, weights from safetensors only.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a repository `namespace/name`.
+            kwargs: As for `DiffusionPipeline.from_pretrained`: `dtype`, `scheduler`, `unet`, `variant`, `revision`, ...
+
+        Returns:
+            The pipeline.
+
+        Raises:
+            ValueError: If `use_safetensors=False`: unpickling may run code.
+            OSError: If there is no such pipeline, or it has no weights in safetensors.
+        """
+        if not kwargs.setdefault("use_safetensors", True):
+            raise ValueError("`use_safetensors` must be True: pickled weights may run code when they are loaded")
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """Read `model_index.json`; its entries for copied source files become the installed classes."""
+        loaded = super().load_config(*args, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        package = sys.modules.get(__name__.rpartition(".")[0])
+        for name, entry in index.items():
+            match entry:
+                case [str(), str(class_name)] if hasattr(package, class_name):
+                    module = getattr(package, class_name).__module__
+                    index[name] = class_name if name == "_class_name" else [module, class_name]
+        return loaded
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """Fetch configs and weights from the Hub, or find them in the cache; no code is fetched."""
+        options = {
+            name: kwargs[name]
+            for name in ("cache_dir", "force_download", "local_files_only", "token", "revision")
+            if kwargs.get(name) is not None
+        }
+        passed = [f"{name}/*" for name in ("unet", "scheduler") if name in kwargs]
+        allowed = [cls.config_name, "*/*.json", "*/*.safetensors"]
+        return snapshot_download(pretrained_model_name, allow_patterns=allowed, ignore_patterns=passed, **options)
+
+    def save_config(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write `model_index.json`, and the source files that it names, each beside what it loads."""
+        super().save_config(save_directory)
+        folder = Path(save_directory)
+        index = json.loads((folder / self.config_name).read_text())
+        index.pop("_name_or_path", None)  # where it was loaded from: a path of this machine, perhaps
+        index["_class_name"] = _copy_source(type(self).__module__, type(self).__name__, folder)
+        for name, entry in index.items():
+            match entry:
+                case [str(module), class_name] if not name.startswith("_") and module != "diffusers":
+                    index[name] = _copy_source(module, class_name, folder / name)
+        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save a pipeline that loads with this package and without it: weights, configs, source files, model card.
+
+        Args:
+            save_directory: The folder, made if it is not there. A `README.md` that is there stays.
+            safe_serialization: Must be True.
+            variant: Part of the weights' file name, for instance `"fp16"`.
+            max_shard_size: Split the weights into files of at most this size.
+            push_to_hub: Whether to upload the pipeline to the Hub as well.
+            repo_id: The repository to upload to, by default the folder's name.
+            kwargs: `private`, `token`, `commit_message` and `create_pr` of the upload.
+
+        Raises:
+            ValueError: If `safe_serialization=False`: pickled weights would not be loaded again.
+        """
+        if not safe_serialization:
+            raise ValueError("`safe_serialization` must be True: pickled weights would not be loaded again")
+        folder = Path(save_directory)
+        super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
+        if not (folder / CARD_FILE).exists():
+            (folder / CARD_FILE).write_text(CARD)
+        if push_to_hub:
+            upload_pipeline(folder, repo_id or folder.resolve().name, **kwargs)
+
+    def push_to_hub(
+        self, repo_id: str, safe_serialization: bool = True, variant: str | None = None, **kwargs: Any
+    ) -> str:
+        """Upload the pipeline to the Hub, as `save_pretrained` saves it.
+
+        Args:
+            repo_id: The repository, `namespace/name`; it is created if it is not there.
+            safe_serialization: Must be True.
+            variant: Part of the weights' file name, for instance `"fp16"`.
+            kwargs: `private`, `token`, `commit_message` and `create_pr` of the upload.
+
+        Returns:
+            The address of the commit.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization, variant)
+            return upload_pipeline(folder, repo_id, **kwargs)
+
+    # Sampling
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """Make this pipeline from another one's components; see `DiffusionPipeline.from_pipe`.
+
+        The U-Net is handed over by name, because diffusers would otherwise drop it: it compares the exact class with
+        the annotation, and any U-Net of the right interface is welcome here.
+        """
+        return super().from_pipe(pipeline, **{"unet": pipeline.unet, **kwargs})
+
+    @property
+    def num_timesteps(self) -> int:
+        """The number of steps of the call that a callback belongs to."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has ended its call early, by setting `_interrupt`."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        eta: float | None = None,
+        noise_scale: float | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Generate images.
+
+        The sample is kept in float32 (or more) whatever the U-Net's dtype, so that the same seed starts from the same
+        noise in each. Each call works on its own copy of the scheduler: calls do not disturb each other.
+
+        Args:
+            batch_size: How many images.
+            generator: Where the randomness comes from. One generator serves the whole batch; with a list, one per
+                image, each image is a function of its own seed, whatever the batch.
+            latents: Start from this noise, N(0, I) of shape `(B, C, H, W)`, instead of drawing it.
+            num_inference_steps: How many steps, at most the scheduler's `num_train_timesteps`; None means all of them
+                (1000 as a rule). DDIM and the solvers need far fewer: 50 or less.
+            timesteps: The timesteps to visit, strictly decreasing within `[0, num_train_timesteps)`, instead of
+                `num_inference_steps`.
+            eta: DDIM's weight of the noise, in `[0, 1]`; only for schedulers whose `step` takes it.
+            noise_scale: Factor on the noise of each backward step, at least 0; only for schedulers whose `step` takes
+                it.
+            output_type: `"pil"` (a list; mode L for one channel), `"np"` (float32, `(B, H, W, C)` in `[0, 1]`) or
+                `"pt"` (`(B, C, H, W)` in `[0, 1]`).
+            return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end: Called as `callback(pipe, step_index, timestep, tensors)` after each step; the
+                `latents` of the dict that it returns go on as the sample. `pipe` shares the U-Net with this pipeline
+                and has the scheduler of this call; `pipe._interrupt = True` ends the call after this step.
+            callback_on_step_end_tensor_inputs: What `tensors` holds: `"latents"` (the sample), and
+                `"pred_original_sample"` (the predicted x_0) where the scheduler gives it.
+
+        Returns:
+            An `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
+
+        Raises:
+            ValueError: If an argument is out of range, or is not for this scheduler.
+            TypeError: If the callback returns no dict.
+            RuntimeError: If the sample is no longer finite.
+        """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        shape = self._sample_shape(batch_size)
+        self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
+
+        run = copy.copy(self)  # what this call changes: its scheduler, and what a callback sets
+        run.scheduler = scheduler = copy.deepcopy(self.scheduler)
+        run._interrupt = False
+        device = self._execution_device
+        _set_timesteps(scheduler, num_inference_steps, timesteps, device)
+        run._num_timesteps = len(scheduler.timesteps)
+        step_kwargs = _step_kwargs(scheduler, generator=generator, eta=eta, noise_scale=noise_scale)
+        sample = self._initial_noise(shape, generator, latents, device) * scheduler.init_noise_sigma
+
+        finite = []
+        for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
+            model_input = scheduler.scale_model_input(sample, t).to(self.unet.dtype)
+            model_output = self.unet(model_input, t).sample.to(sample.dtype)
+            output = scheduler.step(model_output, t, sample, **step_kwargs)
+            sample = output.prev_sample
+            if callback_on_step_end is not None:
+                tensors = _callback_tensors(scheduler, output, callback_on_step_end_tensor_inputs)
+                edits = callback_on_step_end(run, i, t, tensors)
+                if not isinstance(edits, dict):
+                    raise TypeError(f"`callback_on_step_end` must return a dict (it may be empty), got {edits!r}")
+                sample = edits.get("latents", sample)
+            finite.append(torch.isfinite(sample).all())  # looked at after the loop: no wait for the device here
+            if run.interrupt:
+                break
+        self._check_finite(torch.stack(finite), scheduler)
+
+        images: Any = (sample / 2 + 0.5).clamp(0, 1)
+        if output_type != "pt":
+            images = images.permute(0, 2, 3, 1).float().cpu().numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _sample_shape(self, batch_size: int) -> tuple[int, int, int, int]:
+        """`(B, C, H, W)` by the U-Net's config."""
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be an int of at least 1, got {batch_size!r}")
+        size = self.unet.config.sample_size
+        if size is None:
+            raise ValueError("the U-Net's config has no `sample_size`: build it with the size of its images")
+        height, width = (size, size) if isinstance(size, int) else size
+        return batch_size, self.unet.config.in_channels, height, width
+
+    def _check_outputs(self, output_type: str, tensor_inputs: Sequence[str]) -> None:
+        """Refuse what the call could not hand out, before any work."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}")
+        channels = self.unet.config.in_channels
+        if output_type == "pil" and channels not in PIL_CHANNELS:
+            raise ValueError(
+                f"`output_type='pil'` needs {PIL_CHANNELS} channels, but the U-Net has {channels}: use 'np' or 'pt'"
+            )
+        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, got {unknown}"
+            )
+
+    def _initial_noise(
+        self,
+        shape: tuple[int, int, int, int],
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """The given noise, or noise from the generator."""
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ValueError(
+                f"`generator` is a list of {len(generator)} but `batch_size` is {shape[0]}: give one per image"
+            )
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        if tuple(latents.shape) != shape:
+            raise ValueError(
+                f"`latents` must have the shape {shape} (`batch_size`, then the U-Net's channels and size), "
+                f"got {tuple(latents.shape)}"
+            )
+        if not torch.isfinite(latents).all():
+            raise ValueError("`latents` must be finite: it holds NaN or infinity")
+        return latents.to(device, dtype)
+
+    def _check_finite(self, finite: torch.Tensor, scheduler: Any) -> None:
+        """Raise if the sample went wrong at some step, with the step and the likely cause."""
+        if finite.all():
+            return
+        step = int((~finite).int().argmax())
+        broken = [name for name, weight in self.unet.named_parameters() if not torch.isfinite(weight).all()]
+        if broken:
+            cause = f"the U-Net's weights are not finite ({len(broken)} tensors, {broken[0]!r} first)"
+        else:
+            cause = f"the weights are finite, so look at the dtype ({self.unet.dtype}) and the scheduler's config"
+        raise RuntimeError(
+            f"the sample is not finite from step {step + 1} of {len(scheduler.timesteps)} on "
+            f"(timestep {scheduler.timesteps[step]:g}, {type(scheduler).__name__}): {cause}"
+        )
+
+
+def upload_pipeline(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload a saved pipeline to the Hub: what belongs to it, and nothing else that its folder holds.
+
+    Args:
+        folder: What `MNISTDDPMPipeline.save_pretrained` wrote. Its card is told the repository's name.
+        repo_id: The repository, `namespace/name`; it is created if it is not there. A card that is there is replaced
+            only by one that says more than how to load the pipeline.
+        token: A Hub token that may write; None means the stored one.
+        private: Whether the repository is private, if it is created.
+        commit_message: The title of the commit.
+        create_pr: Whether to open a pull request instead of changing the main branch.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: If `folder` holds no saved pipeline.
+    """
+    folder = Path(folder)
+    try:
+        index = json.loads((folder / MNISTDDPMPipeline.config_name).read_text())
+        card = (folder / CARD_FILE).read_text()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`folder` must hold what `save_pretrained` writes, got {folder}: {error}") from error
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    names = [MNISTDDPMPipeline.config_name, f"{index['_class_name'][0]}.py", PICTURE_FILE]
+    if card != CARD or not file_exists(repo_id, CARD_FILE, token=token):
+        names.append(CARD_FILE)
+        (folder / CARD_FILE).write_text(card.replace(CARD_REPO_ID, repo_id))
+    components = [name for name, entry in index.items() if isinstance(entry, list) and not name.startswith("_")]
+    names += [f"{name}/{pattern}" for name in components for pattern in ("*.json", "*.py", "*.safetensors")]
+    commit = upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        token=token,
+        commit_message=commit_message or "Upload MNISTDDPMPipeline",
+        create_pr=create_pr,
+        allow_patterns=names,
+    )
+    return commit.commit_url
+
+
+def _copy_source(module: str, class_name: str, folder: Path) -> list[str]:
+    """Copy the file of a module to a folder; returns the entry that names its class in `model_index.json`."""
+    source = Path(inspect.getfile(sys.modules[module]))
+    shutil.copyfile(source, folder / source.name)
+    return [source.stem, class_name]
+
+
+def _set_timesteps(
+    scheduler: Any, num_inference_steps: int | None, timesteps: Sequence[int] | None, device: torch.device
+) -> None:
+    """Check the steps that were asked for, and prepare the scheduler for them."""
+    num_train_timesteps = scheduler.config.num_train_timesteps
+    if timesteps is not None:
+        if num_inference_steps is not None:
+            raise ValueError("`num_inference_steps` and `timesteps` exclude each other: give one of them")
+        if "timesteps" not in _parameters(scheduler.set_timesteps):
+            raise ValueError(
+                f"`timesteps` is not for {type(scheduler).__name__}, which chooses its own: use `num_inference_steps`"
+            )
+        try:
+            visited = [operator.index(t) for t in timesteps]
+        except TypeError:
+            raise ValueError(f"`timesteps` must be ints, got {timesteps!r}") from None
+        falls = all(t > t_prev for t, t_prev in pairwise(visited))
+        if not visited or not falls or visited[0] >= num_train_timesteps or visited[-1] < 0:
+            raise ValueError(
+                f"`timesteps` must not be empty and strictly decrease within [0, {num_train_timesteps}), got {visited}"
+            )
+        scheduler.set_timesteps(timesteps=visited, device=device)
+    else:
+        steps = num_train_timesteps if num_inference_steps is None else num_inference_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= num_train_timesteps:
+            raise ValueError(
+                f"`num_inference_steps` must be an int from 1 to {num_train_timesteps} "
+                f"(the scheduler's `num_train_timesteps`), got {steps!r}"
+            )
+        scheduler.set_timesteps(steps, device=device)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # spares the search for each timestep, a wait for the device
+
+
+def _step_kwargs(scheduler: Any, generator: Any, eta: float | None, noise_scale: float | None) -> dict[str, Any]:
+    """What `scheduler.step` is given besides the tensors: the options that it knows."""
+    known = _parameters(scheduler.step)
+    step_kwargs: dict[str, Any] = {"generator": generator} if "generator" in known else {}
+    for name, value, upper in (("eta", eta, 1.0), ("noise_scale", noise_scale, math.inf)):
+        if value is None:
+            continue
+        if name not in known:
+            raise ValueError(
+                f"`{name}` is not for {type(scheduler).__name__}, whose step has no such thing: leave it out"
+            )
+        if not (0 <= value <= upper and math.isfinite(value)):
+            raise ValueError(f"`{name}` must be finite and from 0 to {upper:g}, got {value!r}")
+        step_kwargs[name] = value
+    return step_kwargs
+
+
+def _callback_tensors(scheduler: Any, output: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The tensors that a callback asked for."""
+    tensors = {"latents": output.prev_sample, "pred_original_sample": getattr(output, "pred_original_sample", None)}
+    if "pred_original_sample" in names and tensors["pred_original_sample"] is None:
+        raise ValueError(
+            "`callback_on_step_end_tensor_inputs` names 'pred_original_sample', "
+            f"which {type(scheduler).__name__} does not give: leave it out"
+        )
+    return {name: tensors[name] for name in names}
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    """The names of a function's parameters."""
+    return set(inspect.signature(function).parameters)

@@ -1,0 +1,787 @@
+"""DDPM and DDIM: how an image becomes noise, and how noise becomes an image again.
+
+The symbols are those of DDPM (Ho et al., arXiv 2006.11239). DDIM (Song et al., arXiv 2010.02502) uses the same letters
+for other things:
+
+    here             DDPM             DDIM                     diffusers
+    beta_t           beta_t           1 - alpha_t/alpha_{t-1}  betas[t]
+    alpha_t          alpha_t          alpha_t/alpha_{t-1}      alphas[t]
+    alpha_bar_t      bar alpha_t      alpha_t                  alphas_cumprod[t]
+    alpha_bar_prev   bar alpha_{t-1}  alpha_{t-1}              alphas_cumprod[previous_timestep(t)]
+    x0_hat           (15)             f_theta(x_t)             pred_original_sample
+    eps_hat          eps_theta        eps_theta(x_t)           model_output of a model that predicts "epsilon"
+
+Timesteps count from 0 to T - 1, as in diffusers; the papers count from 1 to T. `prev` is the timestep that is visited
+next. Where sampling leaves timesteps out, `alpha_t = alpha_bar_t / alpha_bar_prev` and `beta_t = 1 - alpha_t` are of
+the whole way from t to prev. The last step leads to the image itself, where `alpha_bar_prev = 1`.
+
+All that depends on the chosen timesteps is worked out once, in float64, by `set_timesteps`; `step` takes the row of
+its timestep and combines it with the sample in at least float32, whatever the dtype of the sample.
+"""
+
+import inspect
+import math
+import operator
+from collections import namedtuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils.outputs import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+NO_SIGNAL = (
+    "At a timestep whose alphas_cumprod is 0 (rescale_betas_zero_snr) x_0 can't be told from predicted noise. "
+    'Take a model with prediction_type "v_prediction" or "sample", or leave that timestep out.'
+)
+Generators = torch.Generator | list[torch.Generator]
+
+
+@dataclass
+class MNISTSchedulerOutput(BaseOutput):
+    """What `step` returns.
+
+    Args:
+        prev_sample: the sample at the timestep that is visited next, shape `(B, C, H, W)`.
+        pred_original_sample: the predicted x_0, after clipping, shape `(B, C, H, W)`.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+# Beta schedules: float64 tensors of shape (T,) -----------------------------------------------------------------------
+
+
+def linear_betas(num_train_timesteps: int, beta_start: float = 1e-4, beta_end: float = 2e-2) -> torch.Tensor:
+    """Betas in equal steps (DDPM, section 4)."""
+    return torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
+
+
+def scaled_linear_betas(num_train_timesteps: int, beta_start: float = 1e-4, beta_end: float = 2e-2) -> torch.Tensor:
+    """Betas whose square roots go in equal steps, as in latent diffusion (arXiv 2112.10752)."""
+    return linear_betas(num_train_timesteps, beta_start**0.5, beta_end**0.5) ** 2
+
+
+def sigmoid_betas(num_train_timesteps: int, beta_start: float = 1e-4, beta_end: float = 2e-2) -> torch.Tensor:
+    """Betas along a sigmoid from -6 to 6, as in GeoDiff (arXiv 2203.02923)."""
+    return beta_start + (beta_end - beta_start) * torch.sigmoid(linear_betas(num_train_timesteps, -6, 6))
+
+
+def cosine_betas(num_train_timesteps: int, s: float = 0.008, max_beta: float = 0.999) -> torch.Tensor:
+    """Betas of `alpha_bar_t = f(t) / f(0)`, `f(t) = cos^2(((t/T + s)/(1 + s)) pi/2)` (iDDPM, equation 17)."""
+    time = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+    f = torch.cos((time + s) / (1 + s) * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(0, max_beta)
+
+
+BETA_SCHEDULES: dict[str, Callable[[int, float, float], torch.Tensor]] = {
+    "linear": linear_betas,
+    "scaled_linear": scaled_linear_betas,
+    "squaredcos_cap_v2": lambda num_train_timesteps, beta_start, beta_end: cosine_betas(num_train_timesteps),
+    "sigmoid": sigmoid_betas,
+}
+
+
+def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
+    """Betas changed so that the last timestep is pure noise (arXiv 2305.08891, algorithm 1).
+
+    `sqrt(alpha_bar)` is shifted to 0 at T - 1, then scaled to keep its value at 0.
+    """
+    root = torch.cumprod(1 - betas, dim=0).sqrt()
+    alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+
+
+# Coefficients by timestep --------------------------------------------------------------------------------------------
+
+ForwardRow = namedtuple("ForwardRow", "sqrt_alpha_bar_t sqrt_one_minus_alpha_bar_t sqrt_alpha_t sqrt_beta_t")
+DDPMRow = namedtuple(
+    "DDPMRow", "sqrt_alpha_bar_t sqrt_one_minus_alpha_bar_t x0_to_mean xt_to_mean noise_std log_variance_range"
+)
+DDIMRow = namedtuple(
+    "DDIMRow",
+    "sqrt_alpha_bar_t sqrt_one_minus_alpha_bar_t sqrt_alpha_bar_prev sqrt_one_minus_alpha_bar_prev "
+    "fresh_share noise_std",
+)
+
+
+class CoefficientTable:
+    """A row of coefficients for each timestep: float64 on the host, and one copy for each device and dtype in use."""
+
+    def __init__(self, columns: Any):
+        """Stack the columns, a named tuple of float64 arrays `(T,)`."""
+        self.row_type = type(columns)
+        self.rows = np.stack(columns, axis=1)  # (T,) each to (T, k)
+        self.copies: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """The table `(T, k)` on a device, copied there once."""
+        if (device, dtype) not in self.copies:
+            self.copies[device, dtype] = torch.from_numpy(self.rows).to(device, dtype)
+        return self.copies[device, dtype]
+
+    def at(self, timestep: int | torch.Tensor, sample: torch.Tensor) -> Any:
+        """The row of a timestep: floats where the host knows it, else tensors `(1, 1, 1, 1)` or `(B, 1, 1, 1)`."""
+        if not sample.is_floating_point():
+            raise TypeError(f"sample must be floating point, got {sample.dtype}. Scale the images to [-1, 1] first.")
+        if isinstance(timestep, torch.Tensor):
+            if timestep.is_floating_point():
+                raise TypeError(f"timestep must be an integer, got {timestep.dtype}. Convert it by .long().")
+            if timestep.ndim > 1 or (timestep.ndim == 1 and len(timestep) not in (1, len(sample))):
+                raise ValueError(
+                    f"timestep must be one for all or one for each of {len(sample)} images, "
+                    f"got shape {tuple(timestep.shape)}."
+                )
+            if timestep.ndim == 1 or not timestep.is_cpu or torch.compiler.is_compiling():
+                return self._gather(timestep, sample)
+        t = operator.index(timestep)
+        self._check_range(t, t)
+        return self.row_type(*self.rows[t].tolist())
+
+    def _gather(self, timestep: torch.Tensor, sample: torch.Tensor) -> Any:
+        """The rows of timesteps that stay on their device."""
+        if timestep.is_cpu and not torch.compiler.is_compiling():
+            lowest, highest = torch.aminmax(timestep)
+            self._check_range(int(lowest), int(highest))
+        table = self.on(sample.device, torch.promote_types(sample.dtype, torch.float32))
+        rows = table.index_select(0, timestep.to(sample.device).reshape(-1))
+        # (n, k) to k coefficients of (n, 1, 1, 1)
+        return self.row_type(*rows.view(len(rows), *[1] * (sample.ndim - 1), -1).unbind(-1))
+
+    def _check_range(self, lowest: int, highest: int) -> None:
+        if lowest < 0 or highest >= len(self.rows):
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(
+                f"timestep must be from 0 to num_train_timesteps - 1 = {len(self.rows) - 1}, got {wrong}."
+            )
+
+
+def _add_scaled(x: torch.Tensor, scale: Any, y: torch.Tensor) -> torch.Tensor:
+    """`x + scale y` in one operation, for a scale that is a float or a tensor."""
+    return torch.add(x, y, alpha=scale) if isinstance(scale, float) else torch.addcmul(x, scale, y)
+
+
+def _is_zero(coefficient: Any) -> bool:
+    """Whether a coefficient is known on the host to be 0; a tensor is not looked at."""
+    return isinstance(coefficient, float) and coefficient == 0
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x.to(dtype)`, without the microsecond that it takes to find that nothing is to be done."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _working_dtype(sample: torch.Tensor) -> torch.dtype:
+    """The dtype in which samples and coefficients are combined: at least float32."""
+    return torch.promote_types(sample.dtype, torch.float32)
+
+
+def _noise_like(x: torch.Tensor, noise: torch.Tensor | None, generator: Generators | None) -> torch.Tensor:
+    """The noise that was passed in, or normal noise from the generator."""
+    if noise is None:
+        if isinstance(generator, list) and len(generator) != len(x):
+            raise ValueError(f"generator must be one or a list of {len(x)}, one per image; got {len(generator)}.")
+        return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    if generator is not None:
+        raise ValueError("Cannot pass both generator and noise: leave one of them out.")
+    _check_shape("noise", noise, x.shape)
+    return noise
+
+
+def _round_half_even(numerator: Any, denominator: int) -> Any:
+    """`numerator / denominator` rounded in integers, halves to the even neighbor."""
+    quotient, remainder = np.divmod(numerator, denominator)
+    return quotient + (2 * remainder + quotient % 2 > denominator)
+
+
+def _check_shape(name: str, x: torch.Tensor, shape: Sequence[int]) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}.")
+
+
+def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+
+
+def _mix(a: Any, x: torch.Tensor, b: Any, y: torch.Tensor) -> torch.Tensor:
+    """`a x + b y`, in the dtype of x."""
+    dtype = _working_dtype(x)
+    return _cast(_add_scaled(a * _cast(x, dtype), b, _cast(y, dtype)), x.dtype)
+
+
+def _output(
+    x_prev: torch.Tensor, x0_hat: torch.Tensor, dtype: torch.dtype, return_dict: bool
+) -> MNISTSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+    """The results of a step, in the dtype of its sample."""
+    results = _cast(x_prev, dtype), _cast(x0_hat, dtype)
+    return MNISTSchedulerOutput(*results) if return_dict else results
+
+
+# Configs -------------------------------------------------------------------------------------------------------------
+
+
+def _canonical(config: dict[str, Any]) -> dict[str, Any]:
+    """The config in diffusers' own keys and values, so that each of its schedulers understands it."""
+    config = dict(config)
+    if config.get("beta_schedule") == "cosine":
+        config["beta_schedule"] = "squaredcos_cap_v2"
+    simple_var = config.pop("simple_var", None)
+    if simple_var is not None:
+        variance_type = "fixed_large" if simple_var else "fixed_small"
+        if config.get("variance_type") not in (None, variance_type):
+            raise ValueError(
+                f"simple_var={simple_var} means variance_type={variance_type!r} and contradicts "
+                f"variance_type={config['variance_type']!r}. Pass one of the two."
+            )
+        config["variance_type"] = variance_type
+    if config.get("trained_betas") is not None:
+        config["trained_betas"] = [float(beta) for beta in config["trained_betas"]]
+        config["num_train_timesteps"] = len(config["trained_betas"])
+    return config
+
+
+def _defaults_of(scheduler_class: type) -> dict[str, Any]:
+    """The defaults in the signature of a scheduler's constructor."""
+    parameters = inspect.signature(scheduler_class).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def _betas_of(config: dict[str, Any]) -> torch.Tensor:
+    """The betas `(T,)` that a config asks for."""
+    if config["trained_betas"] is not None:
+        betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
+    else:
+        schedule = BETA_SCHEDULES[config["beta_schedule"]]
+        betas = schedule(config["num_train_timesteps"], config["beta_start"], config["beta_end"])
+    if config["rescale_betas_zero_snr"]:
+        betas = rescale_zero_terminal_snr(betas)
+    # the last timestep alone may be pure noise
+    if not ((betas > 0) & (betas <= 1)).all() or torch.prod(1 - betas[:-1]) == 0:
+        raise ValueError(
+            f"betas must lie above 0 and leave some signal up to the last timestep, got {betas.min():.6g} to "
+            f"{betas.max():.6g}. Change beta_start and beta_end, or trained_betas."
+        )
+    return betas
+
+
+# Schedulers ----------------------------------------------------------------------------------------------------------
+
+
+class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
+    """What DDPM and DDIM share: config, timesteps, the forward process, the predicted x_0."""
+
+    order = 1
+    init_noise_sigma = 1.0
+    ignore_for_config = ["simple_var"]  # noqa: RUF012
+    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]  # noqa: RUF012
+    _variance_types: tuple[str, ...] = ("fixed_small", "fixed_large")
+    _counterpart: type  # the class of diffusers with the same name
+
+    step: Callable[..., Any]
+
+    # Config
+
+    def _set_up(self, simple_var: bool | None, set_alpha_to_one: bool = True) -> None:
+        """Put the config in canonical form, then make the tables."""
+        values = _canonical({**self.config, "simple_var": simple_var})
+        values["variance_type"] = values["variance_type"] or "fixed_small"
+        if "_use_default_values" in values:
+            # a key listed there gives way to the target's default in a swap: no value of ours may
+            values["_use_default_values"] = []
+        self.register_to_config(**values, _class_name=type(self).__name__)
+        _check_choice("beta_schedule", values["beta_schedule"], tuple(BETA_SCHEDULES))
+        _check_choice("prediction_type", values["prediction_type"], ("epsilon", "sample", "v_prediction"))
+        _check_choice("timestep_spacing", values["timestep_spacing"], ("trailing", "leading", "linspace"))
+        _check_choice("variance_type", values["variance_type"], self._variance_types)
+
+        self.betas = _betas_of(values)
+        self.alphas = 1 - self.betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        self.alphas_cumprod_prev = torch.cat([self.betas.new_ones(1), self.alphas_cumprod[:-1]])
+        self.final_alpha_cumprod = self.betas.new_tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
+        self._forward = CoefficientTable(
+            ForwardRow(
+                sqrt_alpha_bar_t=self.alphas_cumprod.sqrt().numpy(),
+                sqrt_one_minus_alpha_bar_t=(1 - self.alphas_cumprod).sqrt().numpy(),
+                sqrt_alpha_t=self.alphas.sqrt().numpy(),
+                sqrt_beta_t=self.betas.sqrt().numpy(),
+            )
+        )
+        # until set_timesteps is called, sampling visits every timestep
+        self.num_inference_steps: int | None = None
+        self._visit(np.arange(len(self) - 1, -1, -1), torch.device("cpu"))
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read the config of any scheduler: a missing key means the default of the class that the config is from."""
+        config = _canonical({key: value for key, value in config_dict.items() if key != "_use_default_values"})
+        class_name = config.get("_class_name")
+        if class_name is not None and class_name not in [ours.__name__ for ours in OUR_SCHEDULERS]:
+            defaults = _defaults_of(cls._counterpart)
+            if isinstance(class_name, str) and hasattr(diffusers, class_name):
+                defaults |= _defaults_of(getattr(diffusers, class_name))
+            config = {key: value for key, value in defaults.items() if key in _defaults_of(cls)} | config
+        return super().extract_init_dict(config, **_canonical(kwargs))
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        return [*super()._get_compatibles(), *OUR_SCHEDULERS]
+
+    @property
+    def simple_var(self) -> bool:
+        """Whether the backward noise has variance `beta_t` (`variance_type="fixed_large"`), not the posterior's."""
+        return bool(self.config["variance_type"] == "fixed_large")
+
+    def __len__(self) -> int:
+        """T, the number of training timesteps."""
+        return len(self.betas)
+
+    # Timesteps
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Choose the timesteps that sampling visits, and work out the coefficients of the steps between them.
+
+        Args:
+            num_inference_steps: their number, from 1 to T; the config's `timestep_spacing` places them.
+            device: where `timesteps` and the coefficients are wanted; the CPU if None.
+            timesteps: instead of their number, the timesteps themselves in descending order.
+
+        Raises:
+            ValueError: if neither or both are given, or if a timestep is out of range or out of order.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("Pass either num_inference_steps or timesteps, and not both.")
+        if timesteps is None:
+            visited = self._space(operator.index(num_inference_steps))  # type: ignore[arg-type]
+        else:
+            visited = np.array([operator.index(t) for t in timesteps], dtype=np.int64)
+        if len(visited) == 0 or (np.diff(visited) >= 0).any():
+            raise ValueError(f"timesteps must be in descending order, got {visited.tolist()}.")
+        if visited[-1] < 0 or visited[0] >= len(self):
+            raise ValueError(
+                f"timesteps must be from 0 to num_train_timesteps - 1 = {len(self) - 1}, got {visited[0]} to "
+                f"{visited[-1]}. Pass fewer num_inference_steps or, with leading spacing, a smaller steps_offset."
+            )
+        if self.config["prediction_type"] == "epsilon" and self.alphas_cumprod[visited[0]] == 0:
+            raise ValueError(NO_SIGNAL)
+        self.num_inference_steps = len(visited)
+        self._visit(visited, torch.device(device or "cpu"))
+
+    def _space(self, n: int) -> Any:
+        """The n timesteps of the config's `timestep_spacing`, in descending order."""
+        if not 1 <= n <= len(self):
+            raise ValueError(f"num_inference_steps must be from 1 to num_train_timesteps = {len(self)}, got {n}.")
+        k = np.arange(n - 1, -1, -1)
+        if self.config["timestep_spacing"] == "trailing":
+            return _round_half_even(len(self) * (k + 1), n) - 1
+        if self.config["timestep_spacing"] == "linspace":
+            return _round_half_even((len(self) - 1) * k, max(n - 1, 1))
+        return len(self) // n * k + self.config["steps_offset"]
+
+    def _visit(self, timesteps: Any, device: torch.device) -> None:
+        """Tabulate the steps between the given timesteps, an array `(n,)` in descending order."""
+        self.timesteps = torch.from_numpy(timesteps).to(device)
+        ascending = np.append(-1, timesteps[::-1])
+        # prev for each t from 0 to T - 1: the largest entry below t
+        self._previous = np.repeat(ascending, np.diff(ascending, append=len(self) - 1))
+        last = self._previous < 0
+        alpha_bar_t = self.alphas_cumprod.numpy(force=True)
+        alpha_bar_prev = np.where(last, float(self.final_alpha_cumprod), alpha_bar_t[self._previous])
+        self._backward = CoefficientTable(self._tabulate(alpha_bar_t, alpha_bar_prev, last))
+        self._backward.on(device, torch.float32)
+
+    def _tabulate(self, alpha_bar_t: Any, alpha_bar_prev: Any, last: Any) -> Any:
+        """The coefficients of the step from each t to its prev: a row type of float64 arrays `(T,)`."""
+        raise NotImplementedError
+
+    def previous_timestep(self, timestep: int | torch.Tensor) -> Any:
+        """The timestep that is visited after the given one, -1 after the last; of the type and shape of the input."""
+        if isinstance(timestep, torch.Tensor):
+            return torch.from_numpy(self._previous).to(timestep.device)[timestep]
+        return int(self._previous[timestep])
+
+    # Forward process
+
+    def sample_forward(
+        self,
+        x_0: torch.Tensor,
+        t: int | torch.Tensor,
+        noise: torch.Tensor | None = None,
+        generator: Generators | None = None,
+    ) -> torch.Tensor:
+        """Draw x_t from x_0: `x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps` (DDPM, equation 4).
+
+        Args:
+            x_0: images in [-1, 1], shape `(B, C, H, W)`.
+            t: timestep from 0 to T - 1, one for all or shape `(B,)`.
+            noise: eps, shape `(B, C, H, W)`; drawn if None.
+            generator: what draws it, one or a list with one for each image.
+
+        Returns:
+            x_t, shape `(B, C, H, W)`.
+        """
+        c = self._forward.at(t, x_0)
+        return _mix(c.sqrt_alpha_bar_t, x_0, c.sqrt_one_minus_alpha_bar_t, _noise_like(x_0, noise, generator))
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor
+    ) -> torch.Tensor:
+        """`sample_forward` under diffusers' name."""
+        return self.sample_forward(original_samples, timesteps, noise)
+
+    def forward_step(
+        self,
+        x_prev: torch.Tensor,
+        t: int | torch.Tensor,
+        noise: torch.Tensor | None = None,
+        generator: Generators | None = None,
+    ) -> torch.Tensor:
+        """Draw x_t from x_{t-1}: `x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps` (DDPM, equation 2).
+
+        Args and result are those of `sample_forward`. The step is one of training, whichever timesteps are visited.
+        """
+        c = self._forward.at(t, x_prev)
+        return _mix(c.sqrt_alpha_t, x_prev, c.sqrt_beta_t, _noise_like(x_prev, noise, generator))
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: int | torch.Tensor) -> torch.Tensor:
+        """What a "v_prediction" model predicts: `v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0`.
+
+        Args and result are those of `add_noise` (progressive distillation, arXiv 2202.00512, appendix D).
+        """
+        c = self._forward.at(timesteps, sample)
+        return _mix(-c.sqrt_one_minus_alpha_bar_t, sample, c.sqrt_alpha_bar_t, _noise_like(sample, noise, None))
+
+    # Backward process
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
+        """The sample as it is; schedulers that scale the model's input do so here."""
+        return sample
+
+    def sample_backward(
+        self, x_t: torch.Tensor, t: int | torch.Tensor, model_output: torch.Tensor, **options: Any
+    ) -> Any:
+        """Draw x_prev from x_t: `step` in the words of `sample_forward`, with the options of `step`."""
+        return self.step(model_output, t, x_t, **options).prev_sample
+
+    def _predict_x0(self, output: torch.Tensor, x_t: torch.Tensor, c: Any) -> torch.Tensor:
+        """x0_hat from what the model predicts, clipped as the config says."""
+        config = self.config
+        if config["prediction_type"] == "epsilon":
+            if _is_zero(c.sqrt_alpha_bar_t):
+                raise ValueError(NO_SIGNAL)
+            x0_hat = _add_scaled(x_t, -c.sqrt_one_minus_alpha_bar_t, output) / c.sqrt_alpha_bar_t
+        elif config["prediction_type"] == "sample":
+            x0_hat = output
+        else:
+            x0_hat = _add_scaled(c.sqrt_alpha_bar_t * x_t, -c.sqrt_one_minus_alpha_bar_t, output)
+        if config["thresholding"]:
+            # each image has a range of its own, a quantile of |x0_hat| (Imagen, arXiv 2205.11487, section 2.3)
+            quantile = torch.quantile(x0_hat.abs().flatten(1), config["dynamic_thresholding_ratio"], dim=1)
+            limit = quantile.clamp(1, config["sample_max_value"]).view(-1, *[1] * (x0_hat.ndim - 1))
+            return x0_hat.clamp(-limit, limit) / limit
+        if config["clip_sample"]:
+            return x0_hat.clamp(-config["clip_sample_range"], config["clip_sample_range"])
+        return x0_hat
+
+
+class MNISTDDPMScheduler(MNISTSchedulerBase):
+    """DDPM: T small steps of noise forward, and as many or fewer steps back (Ho et al., arXiv 2006.11239).
+
+    Every argument has diffusers' name and meaning, so that configs can be swapped; pass them by keyword.
+
+    Args:
+        num_train_timesteps: T, the number of timesteps of training.
+        beta_start: the first beta; without effect on `"cosine"`.
+        beta_end: the last beta; without effect on `"cosine"`.
+        beta_schedule: `"linear"`, `"scaled_linear"`, `"cosine"` (in diffusers `"squaredcos_cap_v2"`) or `"sigmoid"`.
+        trained_betas: the betas themselves; their number is T.
+        variance_type: variance of the backward noise: `"fixed_small"`, the posterior's (the default); `"fixed_large"`,
+            beta_t; or `"learned_range"`, between the two, as a model with 2C channels says (iDDPM, equation 15).
+        clip_sample: whether x0_hat is clipped to `[-clip_sample_range, clip_sample_range]`.
+        prediction_type: what the model predicts: `"epsilon"`, `"sample"` (x_0) or `"v_prediction"`.
+        thresholding: whether x0_hat is clipped by dynamic thresholding instead.
+        dynamic_thresholding_ratio: the quantile of |x0_hat| that sets the range of an image.
+        clip_sample_range: half the width of the range of `clip_sample`.
+        sample_max_value: the largest range that dynamic thresholding may set.
+        timestep_spacing: `"trailing"` (begins at T - 1, where the sample is noise), `"linspace"` (both ends) or
+            `"leading"` (ends at 0 and begins too late; the default of diffusers).
+        steps_offset: added to the timesteps of `"leading"`.
+        rescale_betas_zero_snr: whether the betas are rescaled so that the last timestep is pure noise.
+        simple_var: the document's word: True is `variance_type="fixed_large"`, False `"fixed_small"`.
+
+    Raises:
+        ValueError: for a value that is unknown or contradicts another, and for betas outside of (0, 1].
+
+    >>> scheduler = MNISTDDPMScheduler(beta_schedule="cosine", simple_var=True)
+    >>> scheduler.set_timesteps(4)
+    >>> scheduler.timesteps.tolist()
+    [999, 749, 499, 249]
+    """
+
+    _variance_types = ("fixed_small", "fixed_large", "learned_range")
+    _counterpart = diffusers.DDPMScheduler
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 2e-2,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        variance_type: str | None = None,
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "trailing",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        simple_var: bool | None = None,
+    ):
+        """Set up the full chain of T timesteps."""
+        self._set_up(simple_var)
+
+    def _tabulate(self, alpha_bar_t: Any, alpha_bar_prev: Any, last: Any) -> Any:
+        alpha_t = alpha_bar_t / alpha_bar_prev
+        beta_t = 1 - alpha_t
+        posterior_variance = beta_t * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
+        variance = beta_t if self.simple_var else posterior_variance
+        return DDPMRow(
+            sqrt_alpha_bar_t=np.sqrt(alpha_bar_t),
+            sqrt_one_minus_alpha_bar_t=np.sqrt(1 - alpha_bar_t),
+            x0_to_mean=np.sqrt(alpha_bar_prev) * beta_t / (1 - alpha_bar_t),
+            xt_to_mean=np.sqrt(alpha_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t),
+            noise_std=np.where(last, 0.0, np.sqrt(variance)),
+            log_variance_range=np.log(beta_t / np.where(last, beta_t, posterior_variance)),
+        )
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        generator: Generators | None = None,
+        return_dict: bool = True,
+        noise_scale: float = 1.0,
+        variance_noise: torch.Tensor | None = None,
+    ) -> MNISTSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Draw x_prev from x_t: `x_prev = mean + noise_scale sqrt(variance) z`, without noise in the last step.
+
+        `mean = sqrt(alpha_bar_prev) beta_t / (1 - alpha_bar_t) x0_hat
+        + sqrt(alpha_t) (1 - alpha_bar_prev) / (1 - alpha_bar_t) x_t` (DDPM, equation 7), which without clipping is
+        `(x_t - beta_t / sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_t)` (equation 11). The variance is
+        `beta_t (1 - alpha_bar_prev) / (1 - alpha_bar_t)` or, with `simple_var`, `beta_t`.
+
+        Args:
+            model_output: what the model predicts for `sample`, shape `(B, C, H, W)`; `(B, 2C, H, W)` where the
+                variance is learned.
+            timestep: t, one for all or shape `(B,)`.
+            sample: x_t, shape `(B, C, H, W)`.
+            generator: what draws z, one or a list with one for each image.
+            return_dict: whether the result is a `MNISTSchedulerOutput` or a tuple.
+            noise_scale: 1 as a rule, 0 for a result without chance. But a DDPM without noise collapses towards the
+                mean of the data: for good samples without chance use `MNISTDDIMScheduler`.
+            variance_noise: z itself, shape `(B, C, H, W)`, instead of a generator.
+
+        Returns:
+            x_prev and x0_hat, both of the shape and dtype of `sample`.
+
+        Raises:
+            ValueError: for a timestep out of range, a shape that does not fit, or a negative `noise_scale`.
+        """
+        if noise_scale < 0:
+            raise ValueError(f"noise_scale must be 0 (no noise) or more (1 as a rule), got {noise_scale}.")
+        c = self._backward.at(timestep, sample)
+        dtype, noise_std = _working_dtype(sample), noise_scale * c.noise_std
+        if self.config["variance_type"] == "learned_range":
+            _check_shape("model_output", model_output, (len(sample), 2 * sample.shape[1], *sample.shape[2:]))
+            model_output, v = model_output.chunk(2, dim=1)
+        _check_shape("model_output", model_output, sample.shape)
+        x_t = _cast(sample, dtype)
+        x0_hat = self._predict_x0(_cast(model_output, dtype), x_t, c)
+        x_prev = _add_scaled(c.x0_to_mean * x0_hat, c.xt_to_mean, x_t)
+        if noise_scale and not _is_zero(noise_std):
+            z = _cast(_noise_like(model_output, variance_noise, generator), dtype)
+            if self.config["variance_type"] == "learned_range":
+                z = z * torch.exp(c.log_variance_range * (_cast(v, dtype) + 1) / 4)
+            x_prev = _add_scaled(x_prev, noise_std, z)
+        return _output(x_prev, x0_hat, sample.dtype, return_dict)
+
+
+class MNISTDDIMScheduler(MNISTSchedulerBase):
+    """DDIM: the same models as DDPM in fewer steps, with as much noise as wanted (Song et al., arXiv 2010.02502).
+
+    Args:
+        set_alpha_to_one: whether the last step leads to the image itself, and not to the noise level of timestep 0.
+        variance_type: `"fixed_small"` (the default): the noise of eta = 1 has the posterior's variance.
+            `"fixed_large"`: the paper's sigma-hat, more noise than the rest of the step makes room for.
+
+    All other arguments are those of `MNISTDDPMScheduler`.
+
+    >>> scheduler = MNISTDDIMScheduler.from_config(MNISTDDPMScheduler().config)
+    >>> scheduler.set_timesteps(timesteps=[999, 600, 200])
+    >>> scheduler.previous_timestep(600), scheduler.previous_timestep(200)
+    (200, -1)
+    """
+
+    _counterpart = diffusers.DDIMScheduler
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 2e-2,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        variance_type: str | None = None,
+        clip_sample: bool = True,
+        set_alpha_to_one: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "trailing",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        simple_var: bool | None = None,
+    ):
+        """Set up the full chain of T timesteps."""
+        self._set_up(simple_var, set_alpha_to_one)
+
+    def _tabulate(self, alpha_bar_t: Any, alpha_bar_prev: Any, last: Any) -> Any:
+        beta_t = 1 - alpha_bar_t / alpha_bar_prev
+        # sigma^2 / (1 - alpha_bar_prev): the share of the noise in x_prev that is fresh; rounding may carry it past 1
+        fresh_share = np.where(last, 0.0, np.minimum(beta_t / (1 - alpha_bar_t), 1.0))
+        variance = np.where(last, 0.0, beta_t) if self.simple_var else (1 - alpha_bar_prev) * fresh_share
+        return DDIMRow(
+            sqrt_alpha_bar_t=np.sqrt(alpha_bar_t),
+            sqrt_one_minus_alpha_bar_t=np.sqrt(1 - alpha_bar_t),
+            sqrt_alpha_bar_prev=np.sqrt(alpha_bar_prev),
+            sqrt_one_minus_alpha_bar_prev=np.sqrt(1 - alpha_bar_prev),
+            fresh_share=fresh_share,
+            noise_std=np.sqrt(variance),
+        )
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generators | None = None,
+        variance_noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> MNISTSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Go from x_t to x_prev (DDIM, equation 12), without noise in the last step.
+
+        `x_prev = sqrt(alpha_bar_prev) x0_hat + sqrt(1 - alpha_bar_prev - sigma^2) eps_hat + sigma z`,
+        `sigma^2 = eta^2 (1 - alpha_bar_prev) / (1 - alpha_bar_t) beta_t` (equation 16). With `simple_var` the noise is
+        `eta sqrt(beta_t) z`, the paper's sigma-hat, and the rest as before.
+
+        Args:
+            model_output: what the model predicts for `sample`, shape `(B, C, H, W)`.
+            timestep: t, one for all or shape `(B,)`.
+            sample: x_t, shape `(B, C, H, W)`.
+            eta: from 0, no noise, to 1, the noise of DDPM.
+            use_clipped_model_output: whether eps_hat is worked out again from the clipped x0_hat. With eta = 1 the
+                step is DDPM's where this is so or nothing is clipped.
+            generator: what draws z, one or a list with one for each image.
+            variance_noise: z itself, shape `(B, C, H, W)`, instead of a generator.
+            return_dict: whether the result is a `MNISTSchedulerOutput` or a tuple.
+
+        Returns:
+            x_prev and x0_hat, both of the shape and dtype of `sample`.
+
+        Raises:
+            ValueError: for a timestep or an eta out of range, or a shape that does not fit.
+        """
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be from 0 (no noise) to 1 (the noise of DDPM), got {eta}.")
+        _check_shape("model_output", model_output, sample.shape)
+        c = self._backward.at(timestep, sample)
+        dtype = _working_dtype(sample)
+        x_t, output = _cast(sample, dtype), _cast(model_output, dtype)
+        x0_hat = self._predict_x0(output, x_t, c)
+        if use_clipped_model_output:
+            eps_hat = _add_scaled(x_t, -c.sqrt_alpha_bar_t, x0_hat) / c.sqrt_one_minus_alpha_bar_t
+        else:
+            eps_hat = self._predict_eps(output, x_t, c)
+        direction = c.sqrt_one_minus_alpha_bar_prev * (1 - eta**2 * c.fresh_share) ** 0.5
+        x_prev = _add_scaled(c.sqrt_alpha_bar_prev * x0_hat, direction, eps_hat)
+        if eta and not _is_zero(c.noise_std):
+            z = _cast(_noise_like(model_output, variance_noise, generator), dtype)
+            x_prev = _add_scaled(x_prev, eta * c.noise_std, z)
+        return _output(x_prev, x0_hat, sample.dtype, return_dict)
+
+    def encode_step(
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
+    ) -> torch.Tensor:
+        """Go from x_prev to x_t: `step` with eta = 0 backwards, as if eps_hat were the same at x_prev and x_t.
+
+        `x_t = sqrt(alpha_bar_t) x0_hat + sqrt(1 - alpha_bar_t) eps_hat` with
+        `x0_hat = (x_prev - sqrt(1 - alpha_bar_prev) eps_hat) / sqrt(alpha_bar_prev)` (DDIM, section 4.3). There is no
+        clipping: a step that clips can't be undone.
+
+        Args:
+            model_output: what the model predicts for `sample` and `timestep`, shape `(B, C, H, W)`.
+            timestep: t, where the step leads, one for all or shape `(B,)`.
+            sample: x_prev, shape `(B, C, H, W)`.
+
+        Returns:
+            x_t, of the shape and dtype of `sample`.
+        """
+        _check_shape("model_output", model_output, sample.shape)
+        c = self._backward.at(timestep, sample)
+        dtype = _working_dtype(sample)
+        x_prev = _cast(sample, dtype)
+        eps_hat = self._predict_eps(_cast(model_output, dtype), x_prev, c)
+        x0_hat = _add_scaled(x_prev, -c.sqrt_one_minus_alpha_bar_prev, eps_hat) / c.sqrt_alpha_bar_prev
+        return _cast(_add_scaled(c.sqrt_alpha_bar_t * x0_hat, c.sqrt_one_minus_alpha_bar_t, eps_hat), sample.dtype)
+
+    @torch.no_grad()
+    def encode(self, model: Callable[[torch.Tensor, torch.Tensor], Any], sample: torch.Tensor) -> torch.Tensor:
+        """The noise from which DDIM with eta = 0 makes these images, through the visited timesteps in reverse.
+
+        Args:
+            model: a U-Net, or any function of x and t that predicts what the config says.
+            sample: images in [-1, 1], shape `(B, C, H, W)`.
+
+        Returns:
+            x at the first of `timesteps`, shape `(B, C, H, W)`: the `latents` of a pipeline.
+        """
+        for t in self.timesteps.flip(0):
+            output = model(sample, t)
+            sample = self.encode_step(getattr(output, "sample", output), t, sample)
+        return sample
+
+    def _predict_eps(self, output: torch.Tensor, x_t: torch.Tensor, c: Any) -> torch.Tensor:
+        """eps_hat from what the model predicts."""
+        if self.config["prediction_type"] == "epsilon":
+            return output
+        if self.config["prediction_type"] == "sample":
+            return _add_scaled(x_t, -c.sqrt_alpha_bar_t, output) / c.sqrt_one_minus_alpha_bar_t
+        return _add_scaled(c.sqrt_one_minus_alpha_bar_t * x_t, c.sqrt_alpha_bar_t, output)
+
+
+OUR_SCHEDULERS = (MNISTDDPMScheduler, MNISTDDIMScheduler)
+# diffusers looks up the class that a config is from in its own namespace; where it finds none, a swap warns of keys
+for _scheduler in OUR_SCHEDULERS:
+    setattr(diffusers, _scheduler.__name__, _scheduler)

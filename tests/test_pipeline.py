@@ -1,0 +1,443 @@
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import ConfigMixin, DDIMScheduler, DDPMPipeline, DDPMScheduler, ModelMixin, PNDMScheduler, UNet2DModel
+from diffusers.callbacks import PipelineCallback
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+
+from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
+
+MEAN, STD = 0.3, 0.2
+FOREIGN_SCHEDULERS = [
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "SASolverScheduler",
+]
+SCHEDULERS = [
+    MNISTDDPMScheduler,
+    MNISTDDIMScheduler,
+    *(getattr(diffusers, name) for name in FOREIGN_SCHEDULERS),
+]
+
+
+class GaussianOracle(ModelMixin, ConfigMixin):
+    """The best predictor of the noise where the data is N(MEAN, STD^2), on linear betas of 1000 steps."""
+
+    @register_to_config
+    def __init__(self, sample_size: int = 8, in_channels: int = 1):
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(()))  # gives the model a dtype and a device
+        alpha_bars = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0)
+        # log of the noise-to-signal ratio: schedulers with fractional timesteps interpolate it linearly
+        self.log_ratios = 0.5 * ((1 - alpha_bars) / alpha_bars).log()
+
+    def forward(self, sample, timestep):
+        log_ratio = np.interp(float(timestep), np.arange(1000), self.log_ratios)
+        alpha_bar = 1 / (1 + np.exp(2 * log_ratio))
+        variance = alpha_bar * STD**2 + 1 - alpha_bar
+        return UNet2DOutput(sample=(1 - alpha_bar) ** 0.5 * (sample - alpha_bar**0.5 * MEAN) / variance)
+
+
+def tiny_unet(**kwargs):
+    """A small U-Net whose output is not zero."""
+    torch.manual_seed(0)
+    unet = MNISTUNet2DModel(
+        **{"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 8} | kwargs
+    )
+    for weight in unet.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    return unet.eval()
+
+
+def tiny_foreign_unet(**kwargs):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D")}
+    sizes = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    return UNet2DModel(**{"sample_size": 8, "in_channels": 1, "out_channels": 1} | blocks | sizes | kwargs).eval()
+
+
+def pipeline(scheduler=None, unet=None):
+    pipe = MNISTDDPMPipeline(unet=unet or tiny_unet(), scheduler=scheduler or MNISTDDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeded(*seeds):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return generators if len(seeds) > 1 else generators[0]
+
+
+def images(pipe, **kwargs):
+    return pipe(**{"num_inference_steps": 4, "output_type": "pt"} | kwargs).images
+
+
+# What it samples
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda cls: cls.__name__)
+def test_samples_the_distribution_that_the_model_knows(scheduler):
+    # 64 x 64 independent pixels: standard errors of 0.003 (mean) and 0.002 (deviation). The rest is discretization: the
+    # reverse steps of DDPM with the posterior variance, the slowest, still lack 0.017 of the deviation at 200 steps.
+    config = MNISTDDPMScheduler(clip_sample=False).config
+    pipe = pipeline(scheduler.from_config(config), GaussianOracle())
+    x_0 = images(pipe, batch_size=64, generator=seeded(0), num_inference_steps=200) * 2 - 1
+    assert x_0.mean().item() == pytest.approx(MEAN, abs=0.01)
+    assert x_0.std().item() == pytest.approx(STD, abs=0.02)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("unet", [tiny_unet, tiny_foreign_unet])
+def test_any_unet_with_any_scheduler(unet, scheduler):
+    pipe = pipeline(scheduler.from_config(MNISTDDPMScheduler().config), unet())
+    sampled = images(pipe, batch_size=2, generator=seeded(0, 1), num_inference_steps=6)
+    assert sampled.shape == (2, 1, 8, 8)
+    assert sampled.std() > 0.01
+
+
+@pytest.mark.parametrize("size", [8, (4, 8)])
+def test_size_and_channels_come_from_the_unet(size):
+    pipe = pipeline(unet=tiny_unet(sample_size=size, in_channels=3, out_channels=3))
+    height, width = (size, size) if isinstance(size, int) else size
+    assert images(pipe, batch_size=2).shape == (2, 3, height, width)
+
+
+def test_all_training_steps_unless_told_otherwise():
+    visited = []
+    pipe = pipeline(MNISTDDPMScheduler(num_train_timesteps=7))
+    pipe(callback_on_step_end=lambda pipe, i, t, tensors: visited.append(int(t)) or {})
+    assert visited == [6, 5, 4, 3, 2, 1, 0]
+
+
+def test_timesteps_are_visited_as_given():
+    visited = []
+    images(
+        pipeline(),
+        num_inference_steps=None,
+        timesteps=[900, 500, 20],
+        callback_on_step_end=lambda pipe, i, t, tensors: visited.append((i, int(t))) or {},
+    )
+    assert visited == [(0, 900), (1, 500), (2, 20)]
+
+
+# Randomness
+
+
+@pytest.mark.parametrize("scheduler", [MNISTDDPMScheduler, diffusers.EulerAncestralDiscreteScheduler])
+def test_each_image_is_a_function_of_its_own_seed(scheduler):
+    pipe = pipeline(scheduler())
+    together = images(pipe, batch_size=3, generator=seeded(5, 6, 7))
+    alone = [images(pipe, generator=[seeded(seed)]) for seed in (5, 6, 7)]
+    # the convolutions add up in another order for another batch size
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+    assert (together[0] - together[1]).abs().max() > 0.01
+
+
+def test_one_generator_serves_the_whole_batch():
+    pipe = pipeline(MNISTDDPMScheduler())
+    torch.testing.assert_close(
+        images(pipe, batch_size=2, generator=seeded(1)),
+        images(pipe, batch_size=2, generator=seeded(1)),
+        atol=0,
+        rtol=0,
+    )
+
+
+def test_latents_are_the_noise_that_sampling_starts_from():
+    pipe = pipeline()
+    latents = torch.randn(2, 1, 8, 8, generator=seeded(3))
+    torch.testing.assert_close(
+        images(pipe, batch_size=2, latents=latents), images(pipe, batch_size=2, generator=seeded(3)), atol=0, rtol=0
+    )
+
+
+def test_eta_adds_noise_to_ddim():
+    pipe = pipeline(MNISTDDIMScheduler())
+    latents = torch.randn(1, 1, 8, 8, generator=seeded(3))
+    without, zero, one = (images(pipe, latents=latents, generator=seeded(4), eta=eta) for eta in (None, 0.0, 1.0))
+    torch.testing.assert_close(without, zero, atol=0, rtol=0)
+    assert (one - zero).abs().max() > 0.01
+
+
+def test_noise_scale_zero_makes_ddpm_a_function_of_the_latents():
+    pipe = pipeline(MNISTDDPMScheduler())
+    latents = torch.randn(1, 1, 8, 8, generator=seeded(3))
+    first, second = (images(pipe, latents=latents, generator=seeded(s), noise_scale=0.0) for s in (4, 5))
+    torch.testing.assert_close(first, second, atol=0, rtol=0)
+    assert (images(pipe, latents=latents, generator=seeded(4)) - first).abs().max() > 0.01
+
+
+def test_calls_do_not_disturb_each_other():
+    pipe = pipeline(diffusers.DPMSolverMultistepScheduler())  # keeps the model outputs of earlier steps
+    before = dict(vars(pipe.scheduler))
+    first = images(pipe, generator=seeded(0))
+    interrupted = images(pipe, generator=seeded(0), callback_on_step_end=interrupt_after(1))
+    torch.testing.assert_close(images(pipe, generator=seeded(0)), first, atol=0, rtol=0)
+    assert (interrupted - first).abs().max() > 0.01
+    assert all(vars(pipe.scheduler)[name] is value for name, value in before.items())
+
+
+def test_threads_that_share_a_pipeline_get_what_their_seeds_give_alone():
+    pipe = pipeline(MNISTDDPMScheduler())
+    alone = [images(pipe, generator=seeded(seed), num_inference_steps=3 + seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(images, pipe, generator=seeded(s), num_inference_steps=3 + s) for s in range(4)]
+        for expected, call in zip(alone, calls, strict=True):
+            torch.testing.assert_close(call.result(), expected, atol=1e-6, rtol=0)
+
+
+# What it returns
+
+
+def test_output_types_show_the_same_images():
+    pipe = pipeline()
+    pt, array, pil = (images(pipe, batch_size=2, generator=seeded(0), output_type=o) for o in ("pt", "np", "pil"))
+    assert pt.min() >= 0
+    assert pt.max() <= 1
+    np.testing.assert_array_equal(array, pt.permute(0, 2, 3, 1).numpy())
+    assert [image.mode for image in pil] == ["L", "L"]
+    np.testing.assert_array_equal(np.stack(pil), (array[..., 0] * 255).round().astype(np.uint8))
+
+
+def test_three_channels_are_rgb_and_two_have_no_pil_mode():
+    rgb = pipeline(unet=tiny_unet(in_channels=3, out_channels=3))
+    assert images(rgb, output_type="pil")[0].mode == "RGB"
+    two = pipeline(unet=tiny_unet(in_channels=2, out_channels=2))
+    assert images(two, output_type="np").shape == (1, 8, 8, 2)
+    with pytest.raises(ValueError, match=r"output_type='pil'.*\(1, 3, 4\).*2"):
+        images(two, output_type="pil")
+
+
+def test_return_dict():
+    as_tuple = pipeline()(num_inference_steps=2, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert len(as_tuple) == 1
+    assert as_tuple[0][0].size == (8, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_same_noise_in_every_dtype(dtype):
+    pipe = pipeline()
+    expected = images(pipe, generator=seeded(0))
+    sampled = images(pipe.to(dtype), generator=seeded(0)).float()
+    if dtype is torch.float64:  # another dtype draws other numbers from the generator
+        assert sampled.isfinite().all()
+    else:
+        torch.testing.assert_close(sampled, expected, atol=0.1, rtol=0)  # bfloat16 keeps 8 bits, over 4 steps
+
+
+# Callback
+
+
+def interrupt_after(step):
+    def callback(pipe, i, t, tensors):
+        pipe._interrupt = i == step
+        return tensors
+
+    return callback
+
+
+def test_callback_edits_the_sample():
+    def paint(pipe, i, t, tensors):
+        return {"latents": torch.full_like(tensors["latents"], 0.5)} if i == 3 else tensors
+
+    torch.testing.assert_close(images(pipeline(), callback_on_step_end=paint), torch.full((1, 1, 8, 8), 0.75))
+
+
+def test_callback_sees_the_predicted_image():
+    seen = []
+
+    def record(pipe, i, t, tensors):
+        seen.append((i, tensors))
+        return tensors
+
+    names = ["latents", "pred_original_sample"]
+    sampled = images(pipeline(), callback_on_step_end=record, callback_on_step_end_tensor_inputs=names)
+    assert [i for i, _ in seen] == [0, 1, 2, 3]
+    assert all(set(tensors) == set(names) for _, tensors in seen)
+    # DDIM's last step lands on the predicted x_0
+    torch.testing.assert_close(seen[-1][1]["pred_original_sample"], seen[-1][1]["latents"], atol=1e-5, rtol=0)
+    torch.testing.assert_close((seen[-1][1]["latents"] / 2 + 0.5).clamp(0, 1), sampled)
+
+
+def test_callback_is_handed_the_scheduler_of_its_call():
+    pipe = pipeline()
+    steps = []
+
+    def record(run, i, t, tensors):
+        assert run.unet is pipe.unet
+        steps.append((run.num_timesteps, len(run.scheduler.timesteps)))
+        return {}
+
+    images(pipe, callback_on_step_end=record)
+    assert steps == [(4, 4)] * 4
+
+
+def test_callback_may_end_the_call():
+    visited = []
+
+    def stop(pipe, i, t, tensors):
+        visited.append(i)
+        pipe._interrupt = i == 1
+        return tensors
+
+    pipe = pipeline()
+    images(pipe, callback_on_step_end=stop)
+    assert visited == [0, 1]
+    assert not pipe.interrupt
+
+
+def test_official_callbacks_bring_their_own_tensor_inputs():
+    class Invert(PipelineCallback):
+        tensor_inputs = ("latents", "pred_original_sample")
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            return {"latents": -callback_kwargs["pred_original_sample"]}
+
+    pipe = pipeline()
+    plain = images(pipe, generator=seeded(0), num_inference_steps=1)
+    inverted = images(pipe, generator=seeded(0), num_inference_steps=1, callback_on_step_end=Invert(0.5))
+    torch.testing.assert_close(inverted, 1 - plain)
+
+
+# Components
+
+
+def test_from_pipe_takes_over_either_unet():
+    ours = pipeline()
+    assert MNISTDDPMPipeline.from_pipe(ours).unet is ours.unet
+    foreign = DDPMPipeline(unet=tiny_foreign_unet(), scheduler=DDPMScheduler())
+    pipe = MNISTDDPMPipeline.from_pipe(foreign, scheduler=MNISTDDIMScheduler())
+    assert pipe.unet is foreign.unet
+    assert isinstance(pipe.scheduler, MNISTDDIMScheduler)
+
+
+def test_offload_order_names_the_only_model():
+    assert pipeline().model_cpu_offload_seq.split("->") == ["unet"]
+
+
+def test_progress_bar_counts_the_steps(capsys):
+    pipe = pipeline()
+    pipe.set_progress_bar_config(disable=False)
+    images(pipe)
+    assert "4/4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unet", [tiny_unet, tiny_foreign_unet])
+def test_save_and_load(tmp_path, unet):
+    pipe = pipeline(MNISTDDPMScheduler(num_train_timesteps=100), unet())
+    pipe.save_pretrained(tmp_path)
+    loaded = MNISTDDPMPipeline.from_pretrained(tmp_path)
+    assert loaded.scheduler.config.num_train_timesteps == 100
+    assert type(loaded.unet) is type(pipe.unet)
+    loaded.set_progress_bar_config(disable=True)
+    # memory-mapped weights are not aligned, which changes the order of sums
+    torch.testing.assert_close(
+        images(loaded, generator=seeded(0)), images(pipe, generator=seeded(0)), atol=1e-4, rtol=0
+    )
+    assert MNISTDDPMPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16).unet.dtype is torch.bfloat16
+
+
+def test_loads_in_a_new_process_by_one_import(tmp_path):
+    pipeline().save_pretrained(tmp_path)
+    code = (
+        "import sys; from mnist_ddpm import MNISTDDPMPipeline; pipe = MNISTDDPMPipeline.from_pretrained(sys.argv[1]);"
+        "print(type(pipe.unet).__name__, type(pipe.scheduler).__name__, pipe(num_inference_steps=2).images[0].size)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "error::FutureWarning", "-c", code, tmp_path],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=True,
+    )
+    assert run.stdout.strip() == "MNISTUNet2DModel MNISTDDIMScheduler (8, 8)"
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "`batch_size` must be an int of at least 1, got 0"),
+        ({"batch_size": 2.0}, "`batch_size`.*2.0"),
+        ({"batch_size": 3, "generator": seeded(0, 1)}, "`generator` is a list of 2 but `batch_size` is 3"),
+        ({"latents": torch.zeros(2, 1, 8, 8)}, r"`latents`.*\(1, 1, 8, 8\).*got \(2, 1, 8, 8\)"),
+        ({"latents": torch.full((1, 1, 8, 8), float("nan"))}, "`latents` must be finite"),
+        ({"num_inference_steps": 1001}, "`num_inference_steps`.*from 1 to 1000.*got 1001"),
+        ({"num_inference_steps": 0}, "`num_inference_steps`.*got 0"),
+        ({"num_inference_steps": 5.0}, "`num_inference_steps`.*got 5.0"),
+        ({"timesteps": [5, 1]}, "`num_inference_steps` and `timesteps` exclude each other"),
+        ({"num_inference_steps": None, "timesteps": [1000, 5]}, r"`timesteps`.*within \[0, 1000\), got \[1000, 5\]"),
+        ({"num_inference_steps": None, "timesteps": [5, -1]}, r"`timesteps`.*got \[5, -1\]"),
+        ({"num_inference_steps": None, "timesteps": [5, 5]}, r"`timesteps` must.*strictly decrease.*got \[5, 5\]"),
+        ({"num_inference_steps": None, "timesteps": []}, "`timesteps` must not be empty"),
+        ({"num_inference_steps": None, "timesteps": [5.5]}, r"`timesteps` must be ints.*got \[5.5\]"),
+        ({"eta": 1.5}, "`eta` must be finite and from 0 to 1, got 1.5"),
+        ({"eta": float("nan")}, "`eta`.*got nan"),
+        ({"noise_scale": 1.0}, "`noise_scale` is not for MNISTDDIMScheduler"),
+        ({"output_type": "jpeg"}, r"`output_type` must be one of \('pil', 'np', 'pt'\), got 'jpeg'"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt"]}, r"may name \('latents', .*got \['prompt'\]"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        images(pipeline(), **arguments)
+
+
+def test_options_of_another_scheduler_are_refused():
+    with pytest.raises(ValueError, match="`eta` is not for MNISTDDPMScheduler"):
+        images(pipeline(MNISTDDPMScheduler()), eta=0.0)
+    with pytest.raises(ValueError, match="`noise_scale` must be finite and from 0 to inf, got -1"):
+        images(pipeline(MNISTDDPMScheduler()), noise_scale=-1.0)
+    with pytest.raises(ValueError, match="`timesteps` is not for PNDMScheduler"):
+        images(pipeline(PNDMScheduler()), num_inference_steps=None, timesteps=[5, 1])
+    with pytest.raises(ValueError, match="'pred_original_sample', which PNDMScheduler does not give"):
+        images(
+            pipeline(PNDMScheduler()),
+            callback_on_step_end=lambda pipe, i, t, tensors: tensors,
+            callback_on_step_end_tensor_inputs=["pred_original_sample"],
+        )
+
+
+def test_callback_must_return_a_dict():
+    with pytest.raises(TypeError, match=r"`callback_on_step_end` must return a dict .*got None"):
+        images(pipeline(), callback_on_step_end=lambda pipe, i, t, tensors: None)
+
+
+def test_unet_without_a_size_is_refused():
+    with pytest.raises(ValueError, match="no `sample_size`"):
+        images(pipeline(unet=tiny_foreign_unet(sample_size=None)))
+
+
+def test_nan_in_the_weights_is_an_error_that_names_them():
+    unet = tiny_unet()
+    with torch.no_grad():
+        unet.conv_in.bias[0] = float("nan")
+    with pytest.raises(RuntimeError, match=r"not finite from step 1 of 4 .*weights.*1 tensors, 'conv_in.bias' first"):
+        images(pipeline(unet=unet))
+
+
+def test_nan_along_the_way_is_an_error_that_names_the_step():
+    def spoil(pipe, i, t, tensors):
+        return {"latents": tensors["latents"] * float("nan")} if i == 2 else tensors
+
+    with pytest.raises(RuntimeError, match=r"from step 3 of 4 on \(timestep \d+, DDIM.*weights are finite"):
+        images(pipeline(DDIMScheduler()), callback_on_step_end=spoil)

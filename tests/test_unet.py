@@ -1,0 +1,306 @@
+"""The U-Net: shapes, gradients, errors, and what diffusers offers to models that keep its contract."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers.training_utils import EMAModel
+
+from mnist_ddpm import MNISTUNet2DModel
+from mnist_ddpm.unet import ResidualBlock, SelfAttention, sinusoidal_embedding
+
+TINY = {"sample_size": 8, "block_out_channels": (8, 16), "attention_head_dim": 8, "norm_num_groups": 4}
+
+
+def tiny_unet(seed: int = 0, **kwargs) -> MNISTUNet2DModel:
+    """A U-Net of a few thousand parameters, none of them 0, so that each path adds something to the output."""
+    torch.manual_seed(seed)
+    unet = MNISTUNet2DModel(**(TINY | kwargs)).eval()
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return unet
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        ({}, (2, 1, 8, 8)),
+        ({"sample_size": (8, 12)}, (2, 1, 8, 12)),
+        ({"in_channels": 3, "out_channels": 3}, (2, 3, 8, 8)),
+        ({"in_channels": 2, "out_channels": 4}, (2, 2, 8, 8)),
+        ({"patch_size": 1}, (1, 1, 8, 8)),
+        ({"patch_size": 4, "layers_per_block": 1}, (1, 1, 8, 8)),
+        (
+            {"block_out_channels": (8, 16, 32), "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D")},
+            (1, 1, 8, 8),
+        ),
+        ({"block_out_channels": (8,), "down_block_types": ("DownBlock2D",)}, (1, 1, 8, 8)),
+    ],
+)
+def test_the_prediction_has_the_size_of_the_sample(config, shape):
+    unet = tiny_unet(**config)
+    out = unet(images(*shape), 3).sample
+    assert out.shape == (shape[0], unet.config.out_channels, *shape[2:])
+
+
+def test_it_runs_at_any_size_that_its_levels_allow():
+    unet = tiny_unet(sample_size=8)
+    assert unet(images(1, 1, 16, 12), 3).sample.shape == (1, 1, 16, 12)
+
+
+def test_the_default_model_takes_mnist_and_has_two_resolutions():
+    unet = MNISTUNet2DModel()
+    assert unet(images(1, 1, 28, 28), 3).sample.shape == (1, 1, 28, 28)
+    assert len(unet.config.block_out_channels) >= 2
+
+
+@pytest.mark.parametrize(
+    "timestep",
+    [7, 7.0, torch.tensor(7), torch.tensor([7]), torch.tensor([7, 7, 7]), torch.tensor(7.0, dtype=torch.float64)],
+    ids=["int", "float", "0-d", "one", "each", "float64"],
+)
+def test_a_timestep_may_come_in_any_form(timestep):
+    unet = tiny_unet()
+    x = images(3, 1, 8, 8)
+    expected = torch.cat([unet(x[i : i + 1], 7).sample for i in range(3)])
+    torch.testing.assert_close(unet(x, timestep).sample, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_image_is_denoised_at_its_own_timestep_and_apart_from_the_others():
+    unet = tiny_unet()
+    x, t = images(3, 1, 8, 8), torch.tensor([0, 500, 999])
+    expected = torch.cat([unet(x[i : i + 1], int(t[i])).sample for i in range(3)])
+    torch.testing.assert_close(unet(x, t).sample, expected, rtol=1e-5, atol=1e-5)
+    assert (expected[0] - unet(x[:1], 500).sample).abs().max() > 1e-3
+
+
+def test_a_fractional_timestep_lies_between_its_neighbours():
+    unet, x = tiny_unet(), images(1, 1, 8, 8)
+    at = {t: unet(x, t).sample for t in (10, 10.5, 11)}
+    assert (at[10.5] - at[10]).norm() < (at[11] - at[10]).norm()
+    assert (at[10.5] - at[10]).norm() > 0
+
+
+def test_the_time_embedding_is_that_of_the_attention_paper():
+    dim, t = 8, 999
+    angles = [t / 10_000 ** (i / (dim / 2)) for i in range(dim // 2)]
+    expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
+    embedding = sinusoidal_embedding(torch.tensor([t]), dim)[0]
+    torch.testing.assert_close(embedding, torch.tensor(expected), rtol=0, atol=1e-4)
+
+
+def test_before_training_the_prediction_is_zero_and_all_of_it_can_learn():
+    torch.manual_seed(0)
+    unet = MNISTUNet2DModel(**TINY)
+    assert unet(images(2, 1, 8, 8), 3).sample.abs().max() == 0
+    unet = tiny_unet()
+    unet(images(2, 1, 8, 8), 3).sample.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in unet.parameters())
+
+
+def test_return_dict():
+    unet, x = tiny_unet(), images(1, 1, 8, 8)
+    (plain,) = unet(x, 3, return_dict=False)
+    assert torch.equal(plain, unet(x, 3).sample)
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"sample_size": 10}, r"sample_size must be a positive multiple of 4 .*10"),
+        ({"sample_size": (8, 8, 8)}, "sample_size"),
+        ({"sample_size": 0}, "sample_size"),
+        ({"in_channels": 0}, "in_channels must be a positive integer, but it is 0"),
+        ({"out_channels": 1.5}, "out_channels"),
+        ({"patch_size": -2}, "patch_size"),
+        ({"layers_per_block": 0}, "layers_per_block"),
+        ({"block_out_channels": ()}, "block_out_channels"),
+        ({"block_out_channels": (8, -16)}, "block_out_channels"),
+        ({"block_out_channels": (7, 14), "norm_num_groups": 7}, "block_out_channels .* even"),
+        ({"down_block_types": ("DownBlock2D",)}, "down_block_types must be 2 of"),
+        ({"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}, r"down_block_types .*CrossAttnDownBlock2D"),
+        ({"attention_head_dim": 5}, r"attention_head_dim must be a divisor .*\[16\]"),
+        ({"norm_num_groups": 3}, "norm_num_groups must be a positive divisor"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"norm_eps": 0.0}, "norm_eps"),
+    ],
+)
+def test_a_config_that_cannot_be_built_is_named(config, match):
+    with pytest.raises(ValueError, match=match):
+        MNISTUNet2DModel(**(TINY | config))
+
+
+@pytest.mark.parametrize(
+    ("args", "match"),
+    [
+        ((torch.zeros(1, 1, 8, 8), 3, torch.tensor([1])), "class_labels must be None"),
+        ((torch.zeros(1, 1, 10, 8), 3), "height 10 and width 8, but both must be multiples of 4"),
+        ((torch.zeros(1, 3, 8, 8), 3), r"\(B, 1, H, W\), but it has \(1, 3, 8, 8\)"),
+        ((torch.zeros(1, 8, 8), 3), r"\(B, 1, H, W\)"),
+        ((torch.zeros(3, 1, 8, 8), torch.tensor([1, 2])), r"timestep .*\(3,\).*\(2,\)"),
+        ((torch.zeros(1, 1, 8, 8), torch.zeros(1, 1)), "timestep"),
+    ],
+)
+def test_a_call_that_makes_no_sense_is_an_error(args, match):
+    with pytest.raises(ValueError, match=match):
+        tiny_unet()(*args)
+
+
+def test_save_and_load(tmp_path):
+    unet, x = tiny_unet(sample_size=(8, 12)), images(1, 1, 8, 12)
+    unet.save_pretrained(tmp_path)
+    again = MNISTUNet2DModel.from_pretrained(tmp_path)
+    arguments = [name for name in unet.config if not name.startswith("_")]
+    assert all(again.config[name] == unet.config[name] for name in arguments)
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), again.parameters(), strict=True))
+    # weights that are mapped from the file lie unaligned in memory, which changes the order of some sums
+    torch.testing.assert_close(again(x, 3).sample, unet(x, 3).sample, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_loaded_in_another_dtype_predicts_the_same_within_its_rounding(tmp_path, dtype):
+    unet, x = tiny_unet(), images(2, 1, 8, 8)
+    unet.save_pretrained(tmp_path)
+    other = MNISTUNet2DModel.from_pretrained(tmp_path, torch_dtype=dtype)
+    expected, actual = unet(x, 999).sample, other(x.to(dtype), 999).sample
+    assert actual.dtype == dtype
+    assert (actual.float() - expected).norm() < 20 * max(torch.finfo(dtype).eps, 1e-7) * expected.norm()
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    grads = []
+    for on in (False, True):
+        unet = tiny_unet().train()
+        if on:
+            unet.enable_gradient_checkpointing()
+        unet(images(2, 1, 8, 8), 3).sample.square().sum().backward()
+        grads.append([p.grad for p in unet.parameters()])
+    assert unet.is_gradient_checkpointing
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_checkpointing_runs_the_blocks_again():
+    unet, calls = tiny_unet().train(), []
+    unet.enable_gradient_checkpointing()
+    unet.mid_block[0].resnet.register_forward_hook(lambda *_: calls.append(1))
+    unet(images(1, 1, 8, 8), 3).sample.sum().backward()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math"])
+def test_attention_backends(backend):
+    unet, x = tiny_unet(), images(2, 1, 8, 8)
+    expected = unet(x, 3).sample
+    try:
+        unet.set_attention_backend(backend)
+        backends = {p._attention_backend.value for p in unet.attn_processors.values()}
+        assert backends == {backend}
+        torch.testing.assert_close(unet(x, 3).sample, expected, rtol=1e-4, atol=1e-5)
+    finally:
+        unet.reset_attention_backend()
+
+
+def test_attention_is_softmax_of_scaled_products():
+    attention = SelfAttention(channels=16, head_dim=8, groups=4, eps=1e-5).eval()
+    torch.nn.init.normal_(attention.to_out.weight)
+    x = images(2, 16, 3, 5)
+    tokens = attention.norm(x).flatten(2).transpose(1, 2)
+    q, k, v = (
+        layer(tokens).reshape(2, 15, 2, 8).transpose(1, 2)
+        for layer in (attention.to_q, attention.to_k, attention.to_v)
+    )
+    mixed = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(8), dim=-1) @ v
+    out = attention.to_out(mixed.transpose(1, 2).reshape(2, 15, 16)).transpose(1, 2).reshape(2, 16, 3, 5)
+    torch.testing.assert_close(attention(x), x + out, rtol=1e-4, atol=1e-5)
+
+
+def test_an_attention_processor_can_be_swapped():
+    class Twice:
+        def __call__(self, attn, x):
+            return 2 * attn.to_v(x)
+
+    unet = tiny_unet()
+    unet.set_attn_processor(Twice())
+    assert {type(p) for p in unet.attn_processors.values()} == {Twice}
+    assert unet(images(1, 1, 8, 8), 3).sample.isfinite().all()
+
+
+def test_layerwise_casting_keeps_norms_and_time_in_full_precision():
+    unet, x = tiny_unet(), images(2, 1, 8, 8)
+    expected = unet(x, 3).sample
+    unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    kept = {name for name, p in unet.named_parameters() if p.dtype == torch.float32}
+    assert kept == {name for name, _ in unet.named_parameters() if "norm" in name or "time_embedding" in name}
+    actual = unet(x, 3).sample
+    # float8_e4m3fn has 3 bits of mantissa
+    assert 0 < (actual - expected).norm() < 2**-3 * expected.norm()
+
+
+def test_the_blocks_that_must_not_be_split_exist():
+    unet = tiny_unet()
+    classes = {type(module).__name__ for module in unet.modules()}
+    assert set(unet._no_split_modules) <= classes
+    assert set(unet._repeated_blocks) <= classes
+
+
+@pytest.mark.slow
+def test_device_map_auto(tmp_path):
+    unet, x = tiny_unet(), images(1, 1, 8, 8)
+    unet.save_pretrained(tmp_path)
+    again = MNISTUNet2DModel.from_pretrained(tmp_path, device_map="auto")
+    torch.testing.assert_close(again(x, 3).sample.cpu(), unet(x, 3).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_ema_models_are_built_by_keywords_and_published_by_copying(tmp_path):
+    unet = tiny_unet()
+    ema = EMAModel(unet.parameters(), decay=0.5, model_cls=MNISTUNet2DModel, model_config=unet.config, foreach=True)
+    ema.step(tiny_unet(seed=1).parameters())
+    ema.save_pretrained(tmp_path / "ema")
+    again = EMAModel.from_pretrained(tmp_path / "ema", MNISTUNet2DModel)
+    ema.copy_to(unet.parameters())
+    torch.testing.assert_close(list(again.shadow_params), [p.detach() for p in unet.parameters()])
+
+
+@pytest.mark.slow
+def test_it_compiles_into_one_graph_and_stays_compiled_over_timesteps():
+    unet, x = tiny_unet(), images(2, 1, 8, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(unet, fullgraph=True)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for t in (999, 500, 0):
+            timestep = torch.tensor(t)
+            torch.testing.assert_close(compiled(x, timestep).sample, unet(x, t).sample, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_repeated_blocks_compile():
+    unet, x = tiny_unet(), images(2, 1, 8, 8)
+    expected = unet(x, torch.tensor(3)).sample
+    torch._dynamo.reset()
+    unet.compile_repeated_blocks(fullgraph=True)
+    assert any(isinstance(m, ResidualBlock) and m._compiled_call_impl is not None for m in unet.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(unet(x, torch.tensor(3)).sample, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_torch_export():
+    unet, x = tiny_unet(), images(2, 1, 8, 8)
+    program = torch.export.export(unet, (x, torch.tensor([3, 5])), strict=False)
+    t = torch.tensor([900, 0])
+    torch.testing.assert_close(program.module()(x, t).sample, unet(x, t).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_it_runs_in_the_pipeline_of_diffusers_without_a_warning():
+    pipe = DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = pipe(batch_size=2, num_inference_steps=2, output_type="np").images
+    assert out.shape == (2, 8, 8, 1)
