@@ -93,8 +93,8 @@ def images(pipe, **kwargs):
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda cls: cls.__name__)
 def test_samples_the_distribution_that_the_model_knows(scheduler):
-    # 64 x 64 independent pixels: standard errors of 0.003 (mean) and 0.002 (deviation). The rest is discretization: the
-    # reverse steps of DDPM with the posterior variance, the slowest, still lack 0.017 of the deviation at 200 steps.
+    # 64 x 64 independent pixels: standard errors of 0.003 (mean) and 0.002 (deviation). The rest is discretization:
+    # DDPM with the posterior variance converges most slowly, and still lacks 0.017 of the deviation at 200 steps.
     config = MNISTDDPMScheduler(clip_sample=False).config
     pipe = pipeline(scheduler.from_config(config), GaussianOracle())
     x_0 = images(pipe, batch_size=64, generator=seeded(0), num_inference_steps=200) * 2 - 1
@@ -328,8 +328,20 @@ def test_from_pipe_takes_over_either_unet():
     assert isinstance(pipe.scheduler, MNISTDDIMScheduler)
 
 
-def test_offload_order_names_the_only_model():
-    assert pipeline().model_cpu_offload_seq.split("->") == ["unet"]
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+        lambda pipe: pipe.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level"),
+        lambda pipe: setattr(pipe, "unet", torch.compile(pipe.unet, backend="eager")),
+    ],
+    ids=["model offload", "group offload", "compiled"],
+)
+def test_offloaded_and_compiled_models_give_the_same_images(prepare):
+    pipe = pipeline()
+    expected = images(pipe, generator=seeded(0))
+    prepare(pipe)
+    torch.testing.assert_close(images(pipe, generator=seeded(0)), expected, atol=1e-5, rtol=0)
 
 
 def test_progress_bar_counts_the_steps(capsys):
@@ -379,6 +391,9 @@ def test_loads_in_a_new_process_by_one_import(tmp_path):
         ({"batch_size": 0}, "`batch_size` must be an int of at least 1, got 0"),
         ({"batch_size": 2.0}, "`batch_size`.*2.0"),
         ({"batch_size": 3, "generator": seeded(0, 1)}, "`generator` is a list of 2 but `batch_size` is 3"),
+        ({"generator": 5}, "`generator` must be a torch.Generator.*got 5"),
+        ({"latents": [[0.0]]}, r"`latents` must be a tensor of shape \(1, 1, 8, 8\).*got list"),
+        ({"eta": "half"}, "`eta` must be a finite number.*got 'half'"),
         ({"latents": torch.zeros(2, 1, 8, 8)}, r"`latents`.*\(1, 1, 8, 8\).*got \(2, 1, 8, 8\)"),
         ({"latents": torch.full((1, 1, 8, 8), float("nan"))}, "`latents` must be finite"),
         ({"num_inference_steps": 1001}, "`num_inference_steps`.*from 1 to 1000.*got 1001"),
@@ -390,7 +405,7 @@ def test_loads_in_a_new_process_by_one_import(tmp_path):
         ({"num_inference_steps": None, "timesteps": [5, 5]}, r"`timesteps` must.*strictly decrease.*got \[5, 5\]"),
         ({"num_inference_steps": None, "timesteps": []}, "`timesteps` must not be empty"),
         ({"num_inference_steps": None, "timesteps": [5.5]}, r"`timesteps` must be ints.*got \[5.5\]"),
-        ({"eta": 1.5}, "`eta` must be finite and from 0 to 1, got 1.5"),
+        ({"eta": 1.5}, "`eta` must be a finite number from 0 to 1, got 1.5"),
         ({"eta": float("nan")}, "`eta`.*got nan"),
         ({"noise_scale": 1.0}, "`noise_scale` is not for MNISTDDIMScheduler"),
         ({"output_type": "jpeg"}, r"`output_type` must be one of \('pil', 'np', 'pt'\), got 'jpeg'"),
@@ -405,7 +420,7 @@ def test_bad_arguments_are_named(arguments, message):
 def test_options_of_another_scheduler_are_refused():
     with pytest.raises(ValueError, match="`eta` is not for MNISTDDPMScheduler"):
         images(pipeline(MNISTDDPMScheduler()), eta=0.0)
-    with pytest.raises(ValueError, match="`noise_scale` must be finite and from 0 to inf, got -1"):
+    with pytest.raises(ValueError, match="`noise_scale` must be a finite number from 0 to inf, got -1"):
         images(pipeline(MNISTDDPMScheduler()), noise_scale=-1.0)
     with pytest.raises(ValueError, match="`timesteps` is not for PNDMScheduler"):
         images(pipeline(PNDMScheduler()), num_inference_steps=None, timesteps=[5, 1])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from diffusers.training_utils import EMAModel
+from safetensors.torch import save_file
 
 from mnist_ddpm import MNISTUNet2DModel
 from mnist_ddpm.unet import ResidualBlock, SelfAttention, sinusoidal_embedding
@@ -172,6 +173,32 @@ def test_a_model_loaded_in_another_dtype_predicts_the_same_within_its_rounding(t
     expected, actual = unet(x, 999).sample, other(x.to(dtype), 999).sample
     assert actual.dtype == dtype
     assert (actual.float() - expected).norm() < 20 * max(torch.finfo(dtype).eps, 1e-7) * expected.norm()
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    unet = tiny_unet()
+    unet.save_config(tmp_path)
+    torch.save(unet.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        MNISTUNet2DModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="use_safetensors must be True"):
+        MNISTUNet2DModel.from_pretrained(tmp_path, use_safetensors=False)
+
+
+def test_a_file_that_lacks_weights_is_refused(tmp_path):
+    unet = tiny_unet()
+    unet.save_pretrained(tmp_path)
+    state = {name: value for name, value in unet.state_dict().items() if name != "conv_in.bias"}
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks 1 of the U-Net's weights \('conv_in.bias' first\)"):
+        MNISTUNet2DModel.from_pretrained(tmp_path)
+
+
+def test_the_report_of_loading_is_there_for_the_asking(tmp_path):
+    tiny_unet().save_pretrained(tmp_path)
+    unet, report = MNISTUNet2DModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not unet.training
+    assert report["missing_keys"] == []
 
 
 def test_gradient_checkpointing_changes_no_gradient():

@@ -22,62 +22,11 @@ import torch
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 from huggingface_hub import create_repo, file_exists, snapshot_download, upload_folder
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 PIL_CHANNELS = (1, 3, 4)
-
-CARD_FILE, PICTURE_FILE = "README.md", "samples.png"
-CARD_REPO_ID = "namespace/name"  # what a card says until its repository has a name
-CARD = """---
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
-license: apache-2.0
-tags:
-- unconditional-image-generation
-- diffusion
-- ddpm
-- ddim
----
-
-# namespace/name
-
-Images from noise by a U-Net and a scheduler of [diffusers](https://huggingface.co/docs/diffusers): a denoising
-diffusion probabilistic model ([DDPM](https://arxiv.org/abs/2006.11239)), which can be sampled in fewer steps as
-[DDIM](https://arxiv.org/abs/2010.02502). Made with the package `mnist-ddpm`.
-
-## Use
-
-With `mnist-ddpm` installed; no code of this repository is run:
-
-```python
-from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline
-
-pipe = MNISTDDPMPipeline.from_pretrained("namespace/name")
-pipe.scheduler = MNISTDDIMScheduler.from_config(pipe.scheduler.config)
-images = pipe(batch_size=16, num_inference_steps=50).images
-```
-
-Without it, by the copies of its source files in this repository, which `trust_remote_code=True` allows to run:
-
-```python
-from diffusers import DDIMScheduler, DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("namespace/name", trust_remote_code=True)
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-images = pipe(batch_size=16, num_inference_steps=50).images
-```
-
-The parts by themselves:
-
-```python
-from mnist_ddpm import MNISTDDPMScheduler, MNISTUNet2DModel
-
-unet = MNISTUNet2DModel.from_pretrained("namespace/name", subfolder="unet")
-scheduler = MNISTDDPMScheduler.from_pretrained("namespace/name", subfolder="scheduler")
-```
-"""
 
 
 class MNISTDDPMPipeline(DiffusionPipeline):
@@ -100,127 +49,6 @@ class MNISTDDPMPipeline(DiffusionPipeline):
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-
-    # Loading and saving
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """Load a saved pipeline from a folder or the Hub, weights from safetensors only.
-
-        Args:
-            pretrained_model_name_or_path: A folder, or a repository `namespace/name`.
-            kwargs: As for `DiffusionPipeline.from_pretrained`: `dtype`, `scheduler`, `unet`, `variant`, `revision`, ...
-
-        Returns:
-            The pipeline.
-
-        Raises:
-            ValueError: If `use_safetensors=False`: unpickling may run code.
-            OSError: If there is no such pipeline, or it has no weights in safetensors.
-        """
-        if not kwargs.setdefault("use_safetensors", True):
-            raise ValueError("`use_safetensors` must be True: pickled weights may run code when they are loaded")
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
-    @classmethod
-    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Read `model_index.json`; its entries for copied source files become the installed classes."""
-        loaded = super().load_config(*args, **kwargs)
-        index = loaded[0] if isinstance(loaded, tuple) else loaded
-        package = sys.modules.get(__name__.rpartition(".")[0])
-        for name, entry in index.items():
-            match entry:
-                case [str(), str(class_name)] if hasattr(package, class_name):
-                    module = getattr(package, class_name).__module__
-                    index[name] = class_name if name == "_class_name" else [module, class_name]
-        return loaded
-
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
-        """Fetch configs and weights from the Hub, or find them in the cache; no code is fetched."""
-        options = {
-            name: kwargs[name]
-            for name in ("cache_dir", "force_download", "local_files_only", "token", "revision")
-            if kwargs.get(name) is not None
-        }
-        passed = [f"{name}/*" for name in ("unet", "scheduler") if name in kwargs]
-        allowed = [cls.config_name, "*/*.json", "*/*.safetensors"]
-        return snapshot_download(pretrained_model_name, allow_patterns=allowed, ignore_patterns=passed, **options)
-
-    def save_config(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write `model_index.json`, and the source files that it names, each beside what it loads."""
-        super().save_config(save_directory)
-        folder = Path(save_directory)
-        index = json.loads((folder / self.config_name).read_text())
-        index.pop("_name_or_path", None)  # where it was loaded from: a path of this machine, perhaps
-        index["_class_name"] = _copy_source(type(self).__module__, type(self).__name__, folder)
-        for name, entry in index.items():
-            match entry:
-                case [str(module), class_name] if not name.startswith("_") and module != "diffusers":
-                    index[name] = _copy_source(module, class_name, folder / name)
-        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Save a pipeline that loads with this package and without it: weights, configs, source files, model card.
-
-        Args:
-            save_directory: The folder, made if it is not there. A `README.md` that is there stays.
-            safe_serialization: Must be True.
-            variant: Part of the weights' file name, for instance `"fp16"`.
-            max_shard_size: Split the weights into files of at most this size.
-            push_to_hub: Whether to upload the pipeline to the Hub as well.
-            repo_id: The repository to upload to, by default the folder's name.
-            kwargs: `private`, `token`, `commit_message` and `create_pr` of the upload.
-
-        Raises:
-            ValueError: If `safe_serialization=False`: pickled weights would not be loaded again.
-        """
-        if not safe_serialization:
-            raise ValueError("`safe_serialization` must be True: pickled weights would not be loaded again")
-        folder = Path(save_directory)
-        super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
-        if not (folder / CARD_FILE).exists():
-            (folder / CARD_FILE).write_text(CARD)
-        if push_to_hub:
-            upload_pipeline(folder, repo_id or folder.resolve().name, **kwargs)
-
-    def push_to_hub(
-        self, repo_id: str, safe_serialization: bool = True, variant: str | None = None, **kwargs: Any
-    ) -> str:
-        """Upload the pipeline to the Hub, as `save_pretrained` saves it.
-
-        Args:
-            repo_id: The repository, `namespace/name`; it is created if it is not there.
-            safe_serialization: Must be True.
-            variant: Part of the weights' file name, for instance `"fp16"`.
-            kwargs: `private`, `token`, `commit_message` and `create_pr` of the upload.
-
-        Returns:
-            The address of the commit.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization, variant)
-            return upload_pipeline(folder, repo_id, **kwargs)
-
-    # Sampling
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
-        """Make this pipeline from another one's components; see `DiffusionPipeline.from_pipe`.
-
-        The U-Net is handed over by name, because diffusers would otherwise drop it: it compares the exact class with
-        the annotation, and any U-Net of the right interface is welcome here.
-        """
-        return super().from_pipe(pipeline, **{"unet": pipeline.unet, **kwargs})
 
     @property
     def num_timesteps(self) -> int:
@@ -353,6 +181,9 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         device: torch.device,
     ) -> torch.Tensor:
         """The given noise, or noise from the generator."""
+        generators = generator if isinstance(generator, list) else [generator] * (generator is not None)
+        if not all(isinstance(g, torch.Generator) for g in generators):
+            raise ValueError(f"`generator` must be a torch.Generator, or a list of one per image, got {generator!r}")
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(
                 f"`generator` is a list of {len(generator)} but `batch_size` is {shape[0]}: give one per image"
@@ -360,10 +191,11 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        if tuple(latents.shape) != shape:
+        given = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+        if given != shape:
             raise ValueError(
-                f"`latents` must have the shape {shape} (`batch_size`, then the U-Net's channels and size), "
-                f"got {tuple(latents.shape)}"
+                f"`latents` must be a tensor of shape {shape} (`batch_size`, then the U-Net's channels and size), "
+                f"got {given}"
             )
         if not torch.isfinite(latents).all():
             raise ValueError("`latents` must be finite: it holds NaN or infinity")
@@ -384,62 +216,138 @@ class MNISTDDPMPipeline(DiffusionPipeline):
             f"(timestep {scheduler.timesteps[step]:g}, {type(scheduler).__name__}): {cause}"
         )
 
+    # Loading and saving
 
-def upload_pipeline(
-    folder: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    token: str | None = None,
-    private: bool | None = None,
-    commit_message: str | None = None,
-    create_pr: bool = False,
-) -> str:
-    """Upload a saved pipeline to the Hub: what belongs to it, and nothing else that its folder holds.
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """Make this pipeline from another one's components; see `DiffusionPipeline.from_pipe`.
 
-    Args:
-        folder: What `MNISTDDPMPipeline.save_pretrained` wrote. Its card is told the repository's name.
-        repo_id: The repository, `namespace/name`; it is created if it is not there. A card that is there is replaced
-            only by one that says more than how to load the pipeline.
-        token: A Hub token that may write; None means the stored one.
-        private: Whether the repository is private, if it is created.
-        commit_message: The title of the commit.
-        create_pr: Whether to open a pull request instead of changing the main branch.
+        The U-Net is handed over by name, because diffusers would otherwise drop it: it compares the exact class with
+        the annotation, and any U-Net of the right interface is welcome here.
+        """
+        return super().from_pipe(pipeline, **{"unet": pipeline.unet, **kwargs})
 
-    Returns:
-        The address of the commit.
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Load a saved pipeline from a folder or the Hub, weights from safetensors only.
 
-    Raises:
-        ValueError: If `folder` holds no saved pipeline.
-    """
-    folder = Path(folder)
-    try:
-        index = json.loads((folder / MNISTDDPMPipeline.config_name).read_text())
-        card = (folder / CARD_FILE).read_text()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`folder` must hold what `save_pretrained` writes, got {folder}: {error}") from error
-    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    names = [MNISTDDPMPipeline.config_name, f"{index['_class_name'][0]}.py", PICTURE_FILE]
-    if card != CARD or not file_exists(repo_id, CARD_FILE, token=token):
-        names.append(CARD_FILE)
-        (folder / CARD_FILE).write_text(card.replace(CARD_REPO_ID, repo_id))
-    components = [name for name, entry in index.items() if isinstance(entry, list) and not name.startswith("_")]
-    names += [f"{name}/{pattern}" for name in components for pattern in ("*.json", "*.py", "*.safetensors")]
-    commit = upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        token=token,
-        commit_message=commit_message or "Upload MNISTDDPMPipeline",
-        create_pr=create_pr,
-        allow_patterns=names,
-    )
-    return commit.commit_url
+        Args:
+            pretrained_model_name_or_path: A folder, or a repository `namespace/name`.
+            kwargs: As for `DiffusionPipeline.from_pretrained`: `dtype`, `scheduler`, `unet`, `variant`, `revision`...
 
+        Returns:
+            The pipeline.
 
-def _copy_source(module: str, class_name: str, folder: Path) -> list[str]:
-    """Copy the file of a module to a folder; returns the entry that names its class in `model_index.json`."""
-    source = Path(inspect.getfile(sys.modules[module]))
-    shutil.copyfile(source, folder / source.name)
-    return [source.stem, class_name]
+        Raises:
+            ValueError: If `use_safetensors=False`: unpickling may run code.
+            OSError: If there is no such pipeline, or it has no weights in safetensors.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("`use_safetensors` must be True: pickled weights may run code when they are loaded")
+        kwargs["use_safetensors"] = True
+        return super().from_pretrained(os.fspath(pretrained_model_name_or_path), **kwargs)
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """Read `model_index.json`; its entries for copied source files become the installed classes."""
+        loaded = super().load_config(*args, **kwargs)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        package = sys.modules.get(__name__.rpartition(".")[0])
+        for name in ("_class_name", "scheduler", "unet"):
+            match index.get(name) if isinstance(index, dict) else index:
+                case [str(), str(class_name)]:
+                    if isinstance(installed := getattr(package, class_name, None), type):
+                        index[name] = class_name if name == "_class_name" else [installed.__module__, class_name]
+                case str() if name == "_class_name":
+                    pass
+                case entry:
+                    raise ValueError(
+                        f"{cls.config_name}: `{name}` must name a module and a class, got {entry!r}; is it a saved "
+                        f"{cls.__name__}?"
+                    )
+        return loaded
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """Fetch configs and weights from the Hub, or find them in the cache; no code is fetched."""
+        options = {
+            name: kwargs[name]
+            for name in ("cache_dir", "force_download", "local_files_only", "token", "revision")
+            if kwargs.get(name) is not None
+        }
+        passed = [f"{name}/*" for name in ("unet", "scheduler") if name in kwargs]
+        allowed = [cls.config_name, "*/*.json", "*/*.safetensors"]
+        try:
+            return snapshot_download(pretrained_model_name, allow_patterns=allowed, ignore_patterns=passed, **options)
+        except Exception as error:  # whatever the network, the server and the client can do
+            reason = error if isinstance(error, OSError) else type(error).__name__  # others may quote the token
+            raise OSError(
+                f"cannot load {pretrained_model_name!r} from the Hub: check the name, the token and the network "
+                f"({reason})"
+            ) from None
+
+    def save_config(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write `model_index.json`, and the source files that it names, each beside what it loads."""
+        super().save_config(save_directory)
+        folder = Path(save_directory)
+        index = _forget_path(folder / self.config_name)
+        _copy_source(index, "_class_name", type(self), folder)
+        for name, component in self.components.items():
+            for path in (folder / name).glob("*config.json"):
+                _forget_path(path)
+            _copy_source(index, name, type(unwrap_module(component)), folder / name)
+        _write_json(folder / self.config_name, index)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save a pipeline that loads with this package and without it: weights, configs, source files, model card.
+
+        Args:
+            save_directory: The folder, made if it is not there. A `README.md` that is there stays.
+            safe_serialization: Must be True.
+            variant: Part of the weights' file name, for instance `"fp16"`.
+            max_shard_size: Split the weights into files of at most this size.
+            push_to_hub: Whether to upload the pipeline to the Hub as well.
+            repo_id: The repository to upload to, by default the folder's name.
+            kwargs: `private`, `token`, `commit_message` and `create_pr` of the upload.
+
+        Raises:
+            ValueError: If `safe_serialization=False`: pickled weights would not be loaded again.
+        """
+        if not safe_serialization:
+            raise ValueError("`safe_serialization` must be True: pickled weights would not be loaded again")
+        folder = Path(save_directory)
+        super().save_pretrained(str(folder), variant=variant, max_shard_size=max_shard_size)
+        if not (folder / CARD_FILE).exists():
+            (folder / CARD_FILE).write_text(CARD)
+        if push_to_hub:
+            upload_pipeline(folder, repo_id or folder.resolve().name, **kwargs)
+
+    def push_to_hub(
+        self, repo_id: str, safe_serialization: bool = True, variant: str | None = None, **kwargs: Any
+    ) -> str:
+        """Upload the pipeline to the Hub, as `save_pretrained` saves it.
+
+        Args:
+            repo_id: The repository, `namespace/name`; it is created if it is not there.
+            safe_serialization: Must be True.
+            variant: Part of the weights' file name, for instance `"fp16"`.
+            kwargs: `private`, `token`, `commit_message` and `create_pr` of the upload.
+
+        Returns:
+            The address of the commit.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization, variant)
+            return upload_pipeline(folder, repo_id, **kwargs)
 
 
 def _set_timesteps(
@@ -487,8 +395,8 @@ def _step_kwargs(scheduler: Any, generator: Any, eta: float | None, noise_scale:
             raise ValueError(
                 f"`{name}` is not for {type(scheduler).__name__}, whose step has no such thing: leave it out"
             )
-        if not (0 <= value <= upper and math.isfinite(value)):
-            raise ValueError(f"`{name}` must be finite and from 0 to {upper:g}, got {value!r}")
+        if not isinstance(value, int | float) or not (0 <= value <= upper and math.isfinite(value)):
+            raise ValueError(f"`{name}` must be a finite number from 0 to {upper:g}, got {value!r}")
         step_kwargs[name] = value
     return step_kwargs
 
@@ -507,3 +415,123 @@ def _callback_tensors(scheduler: Any, output: Any, names: Sequence[str]) -> dict
 def _parameters(function: Callable[..., Any]) -> set[str]:
     """The names of a function's parameters."""
     return set(inspect.signature(function).parameters)
+
+
+# Publishing
+
+CARD_FILE, PICTURE_FILE = "README.md", "samples.png"
+CARD_REPO_ID = "namespace/name"  # what a card says until its repository has a name
+CARD = """---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+license: apache-2.0
+tags:
+- unconditional-image-generation
+- diffusion
+- ddpm
+- ddim
+---
+
+# namespace/name
+
+Images from noise by a U-Net and a scheduler of [diffusers](https://huggingface.co/docs/diffusers): a denoising
+diffusion probabilistic model ([DDPM](https://arxiv.org/abs/2006.11239)), which can be sampled in fewer steps as
+[DDIM](https://arxiv.org/abs/2010.02502). Made with the package `mnist-ddpm`.
+
+## Use
+
+With `mnist-ddpm` installed; no code of this repository is run:
+
+```python
+from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline
+
+pipe = MNISTDDPMPipeline.from_pretrained("namespace/name")
+pipe.scheduler = MNISTDDIMScheduler.from_config(pipe.scheduler.config)
+images = pipe(batch_size=16, num_inference_steps=50).images
+```
+
+Without it, by the copies of its source files in this repository, which `trust_remote_code=True` allows to run:
+
+```python
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("namespace/name", trust_remote_code=True)
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+images = pipe(batch_size=16, num_inference_steps=50).images
+```
+
+The parts by themselves:
+
+```python
+from mnist_ddpm import MNISTDDPMScheduler, MNISTUNet2DModel
+
+unet = MNISTUNet2DModel.from_pretrained("namespace/name", subfolder="unet")
+scheduler = MNISTDDPMScheduler.from_pretrained("namespace/name", subfolder="scheduler")
+```
+"""
+
+
+def upload_pipeline(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload a saved pipeline to the Hub: what belongs to it, and nothing else that its folder holds.
+
+    Args:
+        folder: What `MNISTDDPMPipeline.save_pretrained` wrote. Its card is told the repository's name.
+        repo_id: The repository, `namespace/name`; it is created if it is not there. A card that is there is replaced
+            only by one that says more than how to load the pipeline.
+        token: A Hub token that may write; None means the stored one.
+        private: Whether the repository is private, if it is created.
+        commit_message: The title of the commit.
+        create_pr: Whether to open a pull request instead of changing the main branch.
+
+    Returns:
+        The address of the commit.
+    """
+    folder = Path(folder)
+    index = json.loads((folder / MNISTDDPMPipeline.config_name).read_text())
+    card = (folder / CARD_FILE).read_text()
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    names = [MNISTDDPMPipeline.config_name, Path(__file__).name, PICTURE_FILE]
+    if card != CARD or not file_exists(repo_id, CARD_FILE, token=token):
+        names.append(CARD_FILE)
+        (folder / CARD_FILE).write_text(card.replace(CARD_REPO_ID, repo_id))
+    components = [name for name, entry in index.items() if isinstance(entry, list) and not name.startswith("_")]
+    names += [f"{name}/{pattern}" for name in components for pattern in ("*.json", "*.py", "*.safetensors")]
+    commit = upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        token=token,
+        commit_message=commit_message or "Upload MNISTDDPMPipeline",
+        create_pr=create_pr,
+        allow_patterns=names,
+    )
+    return commit.commit_url
+
+
+def _forget_path(config_file: Path) -> dict[str, Any]:
+    """Drop from a config where it was loaded from, which may be a path of this machine; returns the config."""
+    config: dict[str, Any] = json.loads(config_file.read_text())
+    config.pop("_name_or_path", None)
+    _write_json(config_file, config)
+    return config
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a config as diffusers does."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _copy_source(index: dict[str, Any], name: str, component_class: type, folder: Path) -> None:
+    """Copy the file of a class of this package to a folder, and name both in the index as diffusers reads it."""
+    module = component_class.__module__
+    if module.partition(".")[0] == __name__.partition(".")[0]:
+        source = Path(inspect.getfile(sys.modules[module]))
+        shutil.copyfile(source, folder / source.name)
+        index[name] = [source.stem, component_class.__name__]

@@ -16,6 +16,7 @@ carry it (the skip connection that EDM, arXiv 2206.00364, section 5, sets by for
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -247,6 +248,34 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         self.norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], norm_eps)
         self.conv_out = zero_init(nn.Conv2d(block_out_channels[0], out_channels * patch_area, 3, padding=1))
         self.sample_gain = zero_init(nn.Linear(time_embed_dim, out_channels * in_channels))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Load a saved U-Net from a folder or the Hub: from safetensors only, and all of its weights.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repository `namespace/name`.
+            kwargs: as for `ModelMixin.from_pretrained`: `subfolder`, `torch_dtype`, `variant`, `device_map`...
+
+        Returns:
+            The U-Net, in evaluation mode; with `output_loading_info=True` a pair, the second being diffusers' report.
+
+        Raises:
+            ValueError: `use_safetensors=False` (unpickling may run code), or weights that are missing from the file,
+                which diffusers would leave random.
+            OSError: there is no such model, or none in safetensors.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors must be True: pickled weights may run code when they are loaded.")
+        report_wanted = kwargs.pop("output_loading_info", False)
+        kwargs |= {"use_safetensors": True, "output_loading_info": True}
+        unet, report = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if missing := report["missing_keys"]:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} of the U-Net's weights ({sorted(missing)[0]!r} "
+                "first): it is damaged, or its config is of another model."
+            )
+        return (unet, report) if report_wanted else unet
 
     def forward(
         self,
