@@ -1,0 +1,94 @@
+"""What is random in a training step: which images, which timesteps, which noise.
+
+All of it is a function of the seed and of global counters, so that it is the same whatever the number of processes, of
+accumulated micro-batches or of restarts, and there is no state of a random number generator to save.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+ORDER_STREAM, NOISE_STREAM = 0, 1  # independent random streams of one seed
+
+
+class Batch(NamedTuple):
+    """Images in [-1, 1] and noise, both `(B, C, H, W)` in float32, and a timestep for each, `(B,)`."""
+
+    clean_images: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+
+
+class TrainingBatches:
+    """The batches of a run; they run on across the borders of epochs, so that no image is left out.
+
+    Args:
+        images: uint8 `(N, C, H, W)`, on the training device or on the host.
+        batch_size: images of one optimizer step, over all processes and micro-batches.
+        num_train_timesteps: T; timesteps are drawn from [0, T).
+        seed: of the order of the images, the timesteps and the noise.
+        device: where the batches are made.
+    """
+
+    def __init__(
+        self, images: torch.Tensor, batch_size: int, num_train_timesteps: int, seed: int, device: torch.device
+    ):
+        self.images = images
+        self.batch_size = batch_size
+        self.num_train_timesteps = num_train_timesteps
+        self.seed = seed
+        self.device = device
+        self._orders: dict[int, torch.Tensor] = {}
+
+    def micro_batches(
+        self, step: int, num_micro_batches: int, process: int = 0, num_processes: int = 1
+    ) -> list[Batch]:
+        """What one process computes in `step` (counted from 0): its share, in micro-batches.
+
+        The timesteps and the noise are drawn for the whole step, on each process the same, and then divided.
+        """
+        generator = self._generator(NOISE_STREAM, step, self.device)
+        timesteps = stratified_timesteps(self.batch_size, self.num_train_timesteps, generator)
+        shape = (self.batch_size, *self.images.shape[1:])
+        noise = torch.randn(shape, generator=generator, device=self.device)
+        indices = self._indices(step).to(self.images.device)
+
+        parts = zip(*(x.chunk(num_micro_batches * num_processes) for x in (indices, noise, timesteps)), strict=True)
+        return [
+            Batch(self.images[index].to(self.device).float() / 127.5 - 1, noise, timesteps)
+            for index, noise, timesteps in list(parts)[process::num_processes]
+        ]
+
+    def _indices(self, step: int) -> torch.Tensor:
+        """Which images `step` trains on: sample n of the run is the (n mod N)-th in the order of epoch n // N."""
+        num_images = len(self.images)
+        first, end = step * self.batch_size, (step + 1) * self.batch_size
+        epochs = range(first // num_images, (end - 1) // num_images + 1)
+        self._orders = {
+            epoch: self._orders[epoch] if epoch in self._orders else self._order(epoch) for epoch in epochs
+        }
+        start = epochs[0] * num_images
+        return torch.cat([self._orders[epoch] for epoch in epochs])[first - start : end - start]
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        """A random order of all images."""
+        generator = self._generator(ORDER_STREAM, epoch, torch.device("cpu"))
+        return torch.randperm(len(self.images), generator=generator)
+
+    def _generator(self, stream: int, counter: int, device: torch.device) -> torch.Generator:
+        """A generator whose seed is a hash of the run's seed, the stream and the counter."""
+        seed = np.random.SeedSequence([self.seed, stream, counter]).generate_state(1, np.uint32).item()
+        return torch.Generator(device).manual_seed(seed)
+
+
+def stratified_timesteps(count: int, num_train_timesteps: int, generator: torch.Generator) -> torch.Tensor:
+    """Timesteps `(count,)`, each uniform in [0, T), but stratified: one in each of `count` equal slices, shuffled.
+
+    As in variational diffusion models (arXiv 2107.00630, appendix I.1), this lowers the variance of the loss.
+    """
+    device = generator.device
+    offsets = torch.rand(count, generator=generator, device=device)
+    slices = torch.randperm(count, generator=generator, device=device)
+    timesteps = (slices + offsets) * (num_train_timesteps / count)
+    return timesteps.long().clamp_(max=num_train_timesteps - 1)  # rounding may reach T

@@ -1,0 +1,236 @@
+"""What a run leaves in its output folder: checkpoints that are whole or absent, and a log that is cut back to them.
+
+Files and folders are written aside, flushed to the disk, and renamed.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+LOG = "train_log.jsonl"
+SAMPLES = "samples.png"
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that is not what was written."""
+
+
+def check_output_dir(output_dir: Path, earlier_run_expected: bool) -> None:
+    """Make the output folder, and see that it can be written to.
+
+    Raises:
+        OSError: it can't.
+        ValueError: it holds an earlier run, unexpectedly.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
+    except OSError as error:
+        raise OSError(f"--output_dir: {output_dir} can't be written to ({error}): name another folder") from error
+    earlier = _earlier_run(output_dir)
+    if earlier and not earlier_run_expected:
+        raise ValueError(
+            f"--output_dir: {output_dir} holds an earlier run ({earlier[-1].name}): go on with it by "
+            "--resume_from_checkpoint latest, replace it by --overwrite_output_dir, or name another folder"
+        )
+
+
+def remove_earlier_run(output_dir: Path) -> None:
+    """Remove what an earlier run left, but for the trackers' logs."""
+    for path in [*_earlier_run(output_dir), output_dir / "samples", output_dir / SAMPLES]:
+        remove(path)
+
+
+def _earlier_run(output_dir: Path) -> list[Path]:
+    """The files and folders that tell of an earlier run."""
+    files = [output_dir / LOG, output_dir / "model_index.json"]
+    return [path for path in files if path.exists()] + list_checkpoints(output_dir)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A path to write a file or a folder to, which then takes the place of `path`."""
+    partial = partial_path(path)
+    remove(partial)
+    yield partial
+    move_into_place(partial, path)
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file or a folder is while it is being written."""
+    return path.with_name(path.name + ".partial")
+
+
+def move_into_place(partial: Path, path: Path) -> None:
+    """Have a file or a folder flushed to the disk, and then take the place of `path` in one move."""
+    flush(partial)
+    if path.is_dir():  # a folder can't be moved over another
+        remove(path)
+    os.replace(partial, path)
+    flush(path.parent, recursive=False)
+
+
+def replace_files(source: Path, target: Path, last: str) -> None:
+    """Move all files of the folder `source` into the folder `target`, each in one move; the one named `last`, last."""
+    flush(source)
+    for path in sorted((p for p in source.rglob("*") if p.is_file()), key=lambda p: p.name == last):
+        destination = target / path.relative_to(source)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, destination)
+    flush(target, recursive=False)
+    remove(source)
+
+
+def flush(path: Path, recursive: bool = True) -> None:
+    """Have a file, or a folder and all that it holds, written to the disk."""
+    if os.name == "nt":  # Windows can't do so with folders, nor with files that are open for reading
+        return
+    paths = [path, *path.rglob("*")] if recursive and path.is_dir() else [path]
+    for item in paths:
+        descriptor = os.open(item, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def write_manifest(checkpoint: Path, step: int, settings: dict[str, Any]) -> None:
+    """Record what a checkpoint holds, so that damage can be told."""
+    files = {str(p.relative_to(checkpoint)): _digest(p) for p in sorted(checkpoint.rglob("*")) if p.is_file()}
+    manifest = {"step": step, "settings": settings, "files": files}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest, indent=2))
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint that is whole.
+
+    Raises:
+        DamagedCheckpointError: a file is missing, cut short or changed.
+    """
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        for name, digest in manifest["files"].items():
+            if _digest(checkpoint / name) != digest:
+                raise DamagedCheckpointError(
+                    f"The checkpoint {checkpoint} is damaged: {name} is not what was written."
+                )
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise DamagedCheckpointError(f"The checkpoint {checkpoint} is damaged: {error!r}.") from error
+    return manifest
+
+
+def find_checkpoint(requested: str, output_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to resume from, and its manifest.
+
+    Args:
+        requested: path of a checkpoint, or `"latest"` for the newest whole one.
+        output_dir: where to look for the latest; None is returned if there is no checkpoint at all.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        DamagedCheckpointError: it is damaged; for `"latest"`, all are.
+    """
+    if requested != "latest":
+        checkpoint = Path(requested)
+        if not checkpoint.is_dir():
+            raise FileNotFoundError(f"--resume_from_checkpoint: there is no folder {requested!r}.")
+        try:
+            return checkpoint, read_manifest(checkpoint)
+        except DamagedCheckpointError as error:
+            others = [path.name for path in list_checkpoints(checkpoint.parent) if path != checkpoint]
+            raise DamagedCheckpointError(
+                f"{error} Resume from another one ({', '.join(others) or 'there is none'} in {checkpoint.parent}), or "
+                "start anew with another --output_dir."
+            ) from error
+
+    damaged = []
+    for checkpoint in reversed(list_checkpoints(output_dir)):
+        try:
+            return checkpoint, read_manifest(checkpoint)
+        except DamagedCheckpointError as error:
+            logger.warning("%s Passing over it.", error)
+            damaged.append(checkpoint.name)
+    if damaged:
+        raise DamagedCheckpointError(
+            f"--resume_from_checkpoint latest: all checkpoints in {output_dir} are damaged ({', '.join(damaged)}): "
+            "start anew with --overwrite_output_dir or another --output_dir"
+        )
+    return None
+
+
+def check_settings(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
+    """Raise a ValueError if a run would go on with other settings than those that it began with."""
+    differing = [name for name in current if saved.get(name) != current[name]]
+    if differing:
+        changes = ", ".join(f"{name} {current[name]!r} (there: {saved.get(name)!r})" for name in differing)
+        raise ValueError(
+            f"--resume_from_checkpoint: this run differs from that of {checkpoint}: {changes}. Give the same values, "
+            "or start anew with another --output_dir."
+        )
+
+
+def remove_checkpoints_after(step: int, output_dir: Path) -> None:
+    """Remove checkpoints beyond the step that a run goes on from, and what an end of the run left half written."""
+    for path in list_checkpoints(output_dir):
+        if int(path.name.split("-")[1]) > step:
+            logger.warning("Removing %s: the run goes on from step %s.", path, step)
+            remove(path)
+    for path in output_dir.glob("*.partial"):
+        remove(path)
+
+
+def prune_checkpoints(output_dir: Path, total_limit: int | None) -> None:
+    """Remove the oldest checkpoints beyond the limit."""
+    if total_limit is not None:
+        for checkpoint in list_checkpoints(output_dir)[:-total_limit]:
+            remove(checkpoint)
+
+
+class TrainLog:
+    """A JSON object a line for each step, in a file that is cut back to `step` lines when a run goes on."""
+
+    def __init__(self, path: Path, step: int = 0):
+        lines = path.read_bytes().splitlines(keepends=True)[:step] if path.exists() else []
+        with written_aside(path) as partial:
+            partial.write_bytes(b"".join(lines))
+        self.file = path.open("a")
+
+    def write(self, records: list[dict[str, Any]]) -> None:
+        """Append records."""
+        self.file.writelines(json.dumps(record) + "\n" for record in records)
+        self.file.flush()
+
+    def flush(self) -> None:
+        """Have all records written to the disk."""
+        os.fsync(self.file.fileno())
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,106 @@
+"""What is random in a training step: a function of the seed and of global counters, and of nothing else."""
+
+import math
+
+import pytest
+import torch
+from batches import TrainingBatches, stratified_timesteps
+
+NUM_IMAGES, BATCH_SIZE, T = 10, 4, 1000
+# image n is constant, and of value n
+IMAGES = torch.arange(NUM_IMAGES, dtype=torch.uint8)[:, None, None, None].expand(NUM_IMAGES, 1, 2, 3)
+
+
+def batches(seed=0, batch_size=BATCH_SIZE):
+    return TrainingBatches(IMAGES, batch_size, T, seed, torch.device("cpu"))
+
+
+def indices(batch):
+    return ((batch.clean_images[:, 0, 0, 0] + 1) * 127.5).round().long().tolist()
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_images_are_scaled_to_minus_1_to_1():
+    ramp = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(3, 1, 1, 1)
+    (batch,) = TrainingBatches(ramp, 3, T, 0, torch.device("cpu")).micro_batches(0, 1)
+    torch.testing.assert_close(batch.clean_images.flatten().sort().values, torch.tensor([-1.0, -0.6, 1.0]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 10, 25])
+def test_each_epoch_visits_each_image_once_across_the_borders_of_batches(batch_size):
+    run = batches(batch_size=batch_size)
+    steps = range(math.ceil(5 * NUM_IMAGES / batch_size))
+    visited = [index for step in steps for index in indices(run.micro_batches(step, 1)[0])]
+    epochs = [visited[start : start + NUM_IMAGES] for start in range(0, 5 * NUM_IMAGES, NUM_IMAGES)]
+    assert all(sorted(epoch) == list(range(NUM_IMAGES)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 5, "each epoch has an order of its own"
+
+
+def test_order_does_not_depend_on_the_batch_size():
+    whole = indices(batches(batch_size=20).micro_batches(0, 1)[0])
+    parts = [index for step in range(4) for index in indices(batches(batch_size=5).micro_batches(step, 1)[0])]
+    assert parts == whole
+
+
+@pytest.mark.parametrize(("micro_batches", "processes"), [(2, 1), (1, 2), (2, 2), (4, 1), (1, 4)])
+def test_a_step_is_the_same_however_it_is_divided(micro_batches, processes):
+    (whole,) = batches().micro_batches(7, 1)
+    shares = [batches().micro_batches(7, micro_batches, process, processes) for process in range(processes)]
+    # micro-batch by micro-batch, and within it process by process
+    parts = [shares[process][micro] for micro in range(micro_batches) for process in range(processes)]
+    assert all(len(part.timesteps) == BATCH_SIZE // (micro_batches * processes) for part in parts)
+    assert same(whole, [torch.cat(tensors) for tensors in zip(*parts, strict=True)])
+
+
+def test_a_step_does_not_depend_on_the_steps_before():
+    run = batches()
+    for step in range(5):
+        run.micro_batches(step, 1)
+    assert same(run.micro_batches(5, 1)[0], batches().micro_batches(5, 1)[0])
+
+
+def test_steps_and_seeds_differ():
+    drawn = [batches(seed).micro_batches(step, 1)[0] for seed in range(3) for step in range(3)]
+    for name in ("noise", "timesteps"):
+        assert len({tuple(getattr(batch, name).flatten().tolist()) for batch in drawn}) == len(drawn)
+
+
+def test_torchs_global_generator_is_neither_used_nor_moved():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = batches().micro_batches(3, 1)[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert same(first, batches().micro_batches(3, 1)[0])
+
+
+def test_noise_is_standard_normal():
+    images = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
+    (batch,) = TrainingBatches(images, 256, T, 0, torch.device("cpu")).micro_batches(0, 1)
+    count = batch.noise.numel()  # about 200,000: 5 standard errors
+    assert abs(batch.noise.mean()) < 5 / count**0.5
+    assert abs(batch.noise.var() - 1) < 5 * (2 / count) ** 0.5
+
+
+@pytest.mark.parametrize(("count", "num_train_timesteps"), [(1000, 1000), (64, 1000), (50, 10), (1, 7), (3, 2)])
+def test_timesteps_hold_one_of_each_equal_slice(count, num_train_timesteps):
+    timesteps = stratified_timesteps(count, num_train_timesteps, torch.Generator().manual_seed(0))
+    assert timesteps.shape == (count,)
+    assert timesteps.dtype == torch.int64
+    position = timesteps.sort().values.double()
+    low = torch.arange(count, dtype=torch.float64) * num_train_timesteps / count
+    assert (position >= low.floor()).all()
+    assert (position <= (low + num_train_timesteps / count).clamp(max=num_train_timesteps - 1)).all()
+
+
+def test_each_position_has_uniform_timesteps():
+    num_train_timesteps, count, repeats = 5, 4, 4000
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([stratified_timesteps(count, num_train_timesteps, generator) for _ in range(repeats)])
+    for position in range(count):
+        frequency = torch.bincount(drawn[:, position], minlength=num_train_timesteps) / repeats
+        standard_error = (0.2 * 0.8 / repeats) ** 0.5
+        assert (frequency - 0.2).abs().max() < 5 * standard_error

@@ -1,0 +1,187 @@
+"""What a run leaves in its folder: whole or absent, and refused by name where it is damaged."""
+
+import json
+
+import pytest
+from checkpoints import (
+    DamagedCheckpointError,
+    TrainLog,
+    check_output_dir,
+    check_settings,
+    find_checkpoint,
+    list_checkpoints,
+    move_into_place,
+    prune_checkpoints,
+    read_manifest,
+    remove_checkpoints_after,
+    remove_earlier_run,
+    replace_files,
+    write_manifest,
+    written_aside,
+)
+
+
+def make_checkpoint(output_dir, step):
+    checkpoint = output_dir / f"checkpoint-{step}"
+    (checkpoint / "unet").mkdir(parents=True)
+    (checkpoint / "unet" / "weights").write_bytes(bytes(100))
+    (checkpoint / "optimizer").write_bytes(b"state" * step)
+    write_manifest(checkpoint, step, {"--seed": 0})
+    return checkpoint
+
+
+def names(paths):
+    return [path.name for path in paths]
+
+
+def test_manifest_of_a_whole_checkpoint(tmp_path):
+    manifest = read_manifest(make_checkpoint(tmp_path, 3))
+    assert manifest["step"] == 3
+    assert manifest["settings"] == {"--seed": 0}
+
+
+@pytest.mark.parametrize("name", ["optimizer", "unet/weights", "manifest.json"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "empty"])
+def test_damage_of_each_kind_is_found(tmp_path, name, damage):
+    checkpoint = make_checkpoint(tmp_path, 3)
+    file = checkpoint / name
+    content = file.read_bytes()
+    match damage:
+        case "cut":
+            file.write_bytes(content[: len(content) // 2])
+        case "changed":
+            file.write_bytes(b"!" + content[1:])
+        case "missing":
+            file.unlink()
+        case "empty":
+            file.write_bytes(b"")
+    with pytest.raises(DamagedCheckpointError, match="checkpoint-3 is damaged"):
+        read_manifest(checkpoint)
+
+
+def test_latest_is_the_newest_whole_one(tmp_path, caplog):
+    for step in (9, 10, 100):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-200.partial").mkdir()
+    (tmp_path / "checkpoint-100" / "optimizer").write_bytes(b"state")
+    assert names(list_checkpoints(tmp_path)) == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+    checkpoint, manifest = find_checkpoint("latest", tmp_path)
+    assert checkpoint == tmp_path / "checkpoint-10"
+    assert manifest["step"] == 10
+    assert "checkpoint-100 is damaged: optimizer is not what was written. Passing over it." in caplog.text
+    assert (tmp_path / "checkpoint-100").exists()
+
+
+def test_latest_without_any_is_none_and_with_damaged_ones_only_an_error(tmp_path):
+    assert find_checkpoint("latest", tmp_path) is None
+    (make_checkpoint(tmp_path, 5) / "optimizer").unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"all checkpoints in .* are damaged \(checkpoint-5\)"):
+        find_checkpoint("latest", tmp_path)
+
+
+def test_a_named_checkpoint_must_be_there_and_whole(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--resume_from_checkpoint: there is no folder"):
+        find_checkpoint(str(tmp_path / "checkpoint-1"), tmp_path)
+    other = make_checkpoint(tmp_path, 1)
+    assert find_checkpoint(str(other), tmp_path) == (other, read_manifest(other))
+    damaged = make_checkpoint(tmp_path, 2)
+    (damaged / "optimizer").unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"checkpoint-2 is damaged.* another one \(checkpoint-1 in"):
+        find_checkpoint(str(damaged), tmp_path)
+
+
+def test_other_settings_are_refused_with_both_values(tmp_path):
+    check_settings({"--seed": 0}, {"--seed": 0}, tmp_path)
+    with pytest.raises(ValueError, match=r"--seed 1 \(there: 0\), images per step 4 \(there: None\)"):
+        check_settings({"--seed": 0}, {"--seed": 1, "images per step": 4}, tmp_path)
+
+
+def test_pruning_keeps_the_newest(tmp_path):
+    for step in (9, 10, 100):
+        make_checkpoint(tmp_path, step)
+    prune_checkpoints(tmp_path, None)
+    assert len(list_checkpoints(tmp_path)) == 3
+    prune_checkpoints(tmp_path, 2)
+    assert names(list_checkpoints(tmp_path)) == ["checkpoint-10", "checkpoint-100"]
+
+
+def test_going_on_from_a_step_removes_what_came_after_it(tmp_path):
+    for step in (9, 10, 100):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-200.partial").mkdir()
+    remove_checkpoints_after(10, tmp_path)
+    assert sorted(names(tmp_path.iterdir())) == ["checkpoint-10", "checkpoint-9"]
+
+
+def test_what_is_written_aside_takes_its_place_only_when_whole(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(ZeroDivisionError), written_aside(target) as partial:  # noqa: PT012
+        partial.write_text("ne")
+        raise ZeroDivisionError
+    assert target.read_text() == "old"
+    with written_aside(target) as partial:
+        partial.write_text("new")
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+    assert names(tmp_path.iterdir()) == ["file"]
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path):
+    for name, content in (("new", "new"), ("checkpoint-1", "old")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / content).touch()
+    move_into_place(tmp_path / "new", tmp_path / "checkpoint-1")
+    assert names(tmp_path.rglob("*")) == ["checkpoint-1", "new"]
+
+
+def test_files_are_replaced_among_others_that_stay(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder, text in ((source, "new"), (target, "old")):
+        (folder / "unet").mkdir(parents=True)
+        (folder / "unet" / "weights").write_text(text)
+        (folder / "index").write_text(text)
+    (target / "log").write_text("kept")
+    replace_files(source, target, last="index")
+    assert {str(p.relative_to(target)): p.read_text() for p in target.rglob("*") if p.is_file()} == {
+        "unet/weights": "new",
+        "index": "new",
+        "log": "kept",
+    }
+    assert not source.exists()
+
+
+def test_log_is_cut_back_and_goes_on(tmp_path):
+    path = tmp_path / "log.jsonl"
+    log = TrainLog(path, 0)
+    log.write([{"step": step} for step in range(1, 6)])
+    log.flush()
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')  # cut short
+    TrainLog(path, 3).write([{"step": 4, "loss": 0.5}])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3},
+        {"step": 4, "loss": 0.5},
+    ]
+
+
+def test_output_folder_is_made_and_must_be_writable(tmp_path):
+    check_output_dir(tmp_path / "a" / "b", earlier_run_expected=False)
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"--output_dir: .*file/run can't be written to"):
+        check_output_dir(tmp_path / "file" / "run", earlier_run_expected=False)
+
+
+@pytest.mark.parametrize("name", ["train_log.jsonl", "model_index.json", "checkpoint-7"])
+def test_earlier_run_is_refused_and_kept_unless_expected(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(ValueError, match=rf"holds an earlier run \({name}\).*--overwrite_output_dir"):
+        check_output_dir(tmp_path, earlier_run_expected=False)
+    check_output_dir(tmp_path, earlier_run_expected=True)
+    assert (tmp_path / name).exists()
+    remove_earlier_run(tmp_path)
+    assert names(tmp_path.iterdir()) == ["photo.jpg"]

@@ -1,0 +1,130 @@
+"""What suits the machine, and its signals to stop."""
+
+import os
+import signal
+
+import pytest
+import torch
+from machine import MIN_STEPS_TO_COMPILE, StopSignal, choose_mixed_precision, compile_model, set_cpu_threads
+from torch import nn
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def threads():
+    """Two threads, and afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cores():
+    return len(os.sched_getaffinity(0))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("launcher", ["ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"])
+@pytest.mark.parametrize("local_processes", [1, 2, 1000])
+def test_a_launchers_one_thread_becomes_a_fair_share_of_the_cores(monkeypatch, cores, launcher, local_processes):
+    monkeypatch.setenv(launcher, "x")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_processes))
+    report = set_cpu_threads()
+    assert torch.get_num_threads() == max(1, cores // local_processes)
+    assert report == f"{torch.get_num_threads()} CPU threads per process"
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(("launched", "omp_num_threads"), [(True, "2"), (True, None), (False, "1"), (False, None)])
+def test_threads_that_the_user_chose_are_kept(monkeypatch, launched, omp_num_threads):
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    if omp_num_threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp_num_threads)
+    set_cpu_threads()
+    assert torch.get_num_threads() == 2
+
+
+def test_mixed_precision_that_is_asked_for_wins_then_accelerates_then_the_hardwares(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert choose_mixed_precision("no", CPU) == "no"
+    assert choose_mixed_precision("auto", CPU) == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert choose_mixed_precision("bf16", CPU) == "bf16"
+    assert choose_mixed_precision("auto", CPU) in ("bf16", "no")
+    assert choose_mixed_precision("auto", torch.device("meta")) == "no"
+
+
+@pytest.mark.parametrize(("requested", "configured"), [("fp16", "no"), ("auto", "fp16")])
+def test_fp16_on_a_cpu_is_refused(monkeypatch, requested, configured):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", configured)
+    with pytest.raises(ValueError, match="--mixed_precision fp16 needs a GPU"):
+        choose_mixed_precision(requested, CPU)
+
+
+class Broken(nn.Module):
+    """A model that a compiler fails on."""
+
+    def forward(self, x):
+        raise RuntimeError("no compiler\nand more lines")
+
+
+def try_out(model):
+    model(torch.ones(1))
+
+
+def test_compilation_is_left_out_where_it_does_not_pay():
+    model = Broken()
+    assert compile_model(model, False, 10**6, try_out) == (model, "off")
+    compiled, report = compile_model(model, None, MIN_STEPS_TO_COMPILE - 1, try_out)
+    assert compiled is model
+    assert report == "off (it pays from 1,000 steps on)"
+
+
+def test_compilation_that_fails_is_reported_or_if_asked_for_an_error():
+    model = Broken()
+    compiled, report = compile_model(model, None, MIN_STEPS_TO_COMPILE, try_out)
+    assert compiled is model
+    assert report.startswith("off, as it does not work here (no compiler")
+    with pytest.raises(ValueError, match=r"--compile: torch.compile does not work here .*--no-compile"):
+        compile_model(model, True, 1, try_out)
+
+
+@pytest.mark.slow
+def test_compiled_model_computes_the_same():
+    model = nn.Linear(3, 2)
+    inputs = torch.randn(4, 3)
+    compiled, report = compile_model(model, True, 1, lambda model: model(inputs).sum().backward())
+    assert report == "on"
+    assert compiled is not model
+    torch.testing.assert_close(compiled(inputs), model(inputs))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_of_a_kind_is_noted_and_the_second_obeyed(number):
+    obeyed = []
+    handler = signal.signal(number, lambda *_: obeyed.append(True))
+    try:
+        with StopSignal() as stop:
+            assert not stop.received
+            os.kill(os.getpid(), number)
+            assert stop.received
+            assert not obeyed
+            os.kill(os.getpid(), number)
+            assert obeyed
+        os.kill(os.getpid(), number)
+        assert len(obeyed) == 2, "afterwards all is as before"
+    finally:
+        signal.signal(number, handler)
+
+
+def test_a_launchers_sigterm_after_ctrl_c_does_not_cut_the_run_short():
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received

@@ -1,0 +1,85 @@
+"""`examples/train.py` in processes of its own: how many there are does not change what is learned."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import datasets
+import numpy as np
+import pytest
+import train
+from checkpoints import list_checkpoints
+from PIL import Image
+
+from mnist_ddpm import MNISTUNet2DModel
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def command(tmp_path):
+    """The command that trains on a few small images, in a number of processes, with some flags."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 8, 8), dtype=np.uint8)
+    rows = {"image": [Image.fromarray(image) for image in pixels]}
+    images = datasets.Dataset.from_dict(rows, datasets.Features({"image": datasets.Image()}))
+    images.to_parquet(tmp_path / "images.parquet")
+    unet = MNISTUNet2DModel(
+        sample_size=8, block_out_channels=(4, 8), attention_head_dim=4, layers_per_block=1, norm_num_groups=2
+    )
+    unet.save_config(tmp_path / "unet")
+
+    def command(processes, *flags):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        data = ["--dataset_name", tmp_path / "images.parquet", "--cache_dir", tmp_path / "cache"]
+        model = ["--model_config_name_or_path", tmp_path / "unet", "--mixed_precision", "no", "--no-compile"]
+        samples = ["--eval_batch_size", 1, "--ddpm_num_inference_steps", 1, "--logger", "none"]
+        parts = [sys.executable, *launcher, train.__file__, *data, *model, *samples, *flags]
+        return list(map(str, parts))
+
+    return command
+
+
+ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true"}
+
+
+def run(command):
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+def read_log(output_dir):
+    return [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]
+
+
+def test_one_and_two_processes_learn_the_same(command, tmp_path):
+    """20 steps of 8 images, as 1 x 8 and as 2 x 2 x 2 images, and one process going on from where two had come to."""
+    flags = ["--max_train_steps", 20, "--lr_scheduler", "constant", "--checkpointing_steps", 10]
+    run(command(1, *flags, "--train_batch_size", 8, "--output_dir", tmp_path / "one"))
+    split = ["--train_batch_size", 2, "--gradient_accumulation_steps", 2]
+    stderr = run(command(2, *flags, *split, "--output_dir", tmp_path / "two"))
+    assert "2 process(es)" in stderr
+    resume = ["--resume_from_checkpoint", tmp_path / "two" / "checkpoint-10"]
+    run(command(1, *flags, "--train_batch_size", 8, *resume, "--output_dir", tmp_path / "resumed"))
+
+    one, two, resumed = (read_log(tmp_path / name) for name in ("one", "two", "resumed"))
+    assert [record["step"] for record in two] == list(range(1, 21))
+    for key in ("loss", "grad_norm", "lr"):
+        np.testing.assert_allclose([r[key] for r in two], [r[key] for r in one], rtol=1e-4)
+        np.testing.assert_allclose([r[key] for r in resumed], [r[key] for r in one[10:]], rtol=1e-4)
+
+
+def test_two_processes_stop_at_the_same_step(command, tmp_path):
+    output_dir = tmp_path / "run"
+    flags = ["--train_batch_size", 4, "--max_train_steps", 100_000, "--output_dir", output_dir]
+    with subprocess.Popen(command(2, *flags), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+        log = output_dir / "train_log.jsonl"
+        while process.poll() is None and not (log.exists() and log.stat().st_size):
+            time.sleep(0.1)
+        process.terminate()  # the launcher, which passes it on
+        _, stderr = process.communicate(timeout=120)
+    assert "Stopped early" in stderr, stderr
+    (checkpoint,) = list_checkpoints(output_dir)
+    assert checkpoint.name == f"checkpoint-{len(read_log(output_dir))}"
