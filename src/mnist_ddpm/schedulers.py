@@ -139,22 +139,23 @@ class CoefficientTable:
                     f"got shape {tuple(timestep.shape)}."
                 )
             if timestep.ndim == 1 or not timestep.is_cpu or torch.compiler.is_compiling():
-                return self._gather(timestep, sample)
-        t = operator.index(timestep)
-        self._check_range(t, t)
+                self.check_range(timestep)
+                table = self.on(sample.device, torch.promote_types(sample.dtype, torch.float32))
+                rows = table.index_select(0, timestep.to(sample.device).reshape(-1))
+                # (n, k) to k coefficients of (n, 1, 1, 1)
+                return self.row_type(*rows.view(len(rows), *[1] * (sample.ndim - 1), -1).unbind(-1))
+        t = _integer("timestep", timestep)
+        self.check_range(t)
         return self.row_type(*self.rows[t].tolist())
 
-    def _gather(self, timestep: torch.Tensor, sample: torch.Tensor) -> Any:
-        """The rows of timesteps that stay on their device."""
-        if timestep.is_cpu and not torch.compiler.is_compiling():
-            lowest, highest = torch.aminmax(timestep)
-            self._check_range(int(lowest), int(highest))
-        table = self.on(sample.device, torch.promote_types(sample.dtype, torch.float32))
-        rows = table.index_select(0, timestep.to(sample.device).reshape(-1))
-        # (n, k) to k coefficients of (n, 1, 1, 1)
-        return self.row_type(*rows.view(len(rows), *[1] * (sample.ndim - 1), -1).unbind(-1))
-
-    def _check_range(self, lowest: int, highest: int) -> None:
+    def check_range(self, timestep: int | torch.Tensor) -> None:
+        """Refuse a timestep out of range; one on a device is not looked at."""
+        if not isinstance(timestep, torch.Tensor):
+            lowest = highest = timestep
+        elif timestep.is_cpu and not torch.compiler.is_compiling():
+            lowest, highest = (int(bound) for bound in torch.aminmax(timestep))
+        else:
+            return
         if lowest < 0 or highest >= len(self.rows):
             wrong = lowest if lowest < 0 else highest
             raise ValueError(
@@ -172,14 +173,14 @@ def _is_zero(coefficient: Any) -> bool:
     return isinstance(coefficient, float) and coefficient == 0
 
 
+def _upcast(x: torch.Tensor) -> torch.Tensor:
+    """The tensor in at least float32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`x.to(dtype)`, without the microsecond that it takes to find that nothing is to be done."""
     return x if x.dtype == dtype else x.to(dtype)
-
-
-def _working_dtype(sample: torch.Tensor) -> torch.dtype:
-    """The dtype in which samples and coefficients are combined: at least float32."""
-    return torch.promote_types(sample.dtype, torch.float32)
 
 
 def _noise_like(x: torch.Tensor, noise: torch.Tensor | None, generator: Generators | None) -> torch.Tensor:
@@ -200,6 +201,13 @@ def _round_half_even(numerator: Any, denominator: int) -> Any:
     return quotient + (2 * remainder + quotient % 2 > denominator)
 
 
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}.") from None
+
+
 def _check_shape(name: str, x: torch.Tensor, shape: Sequence[int]) -> None:
     if x.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}.")
@@ -212,8 +220,7 @@ def _check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 
 def _mix(a: Any, x: torch.Tensor, b: Any, y: torch.Tensor) -> torch.Tensor:
     """`a x + b y`, in the dtype of x."""
-    dtype = _working_dtype(x)
-    return _cast(_add_scaled(a * _cast(x, dtype), b, _cast(y, dtype)), x.dtype)
+    return _cast(_add_scaled(a * _upcast(x), b, _upcast(y)), x.dtype)
 
 
 def _output(
@@ -241,6 +248,8 @@ def _canonical(config: dict[str, Any]) -> dict[str, Any]:
                 f"variance_type={config['variance_type']!r}. Pass one of the two."
             )
         config["variance_type"] = variance_type
+    if config.get("variance_type", "") is None:
+        config["variance_type"] = "fixed_small"
     if config.get("trained_betas") is not None:
         config["trained_betas"] = [float(beta) for beta in config["trained_betas"]]
         config["num_train_timesteps"] = len(config["trained_betas"])
@@ -255,6 +264,8 @@ def _defaults_of(scheduler_class: type) -> dict[str, Any]:
 
 def _betas_of(config: dict[str, Any]) -> torch.Tensor:
     """The betas `(T,)` that a config asks for."""
+    if config["num_train_timesteps"] < 1:
+        raise ValueError(f"num_train_timesteps must be 1 or more, got {config['num_train_timesteps']}.")
     if config["trained_betas"] is not None:
         betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
     else:
@@ -291,7 +302,6 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
     def _set_up(self, simple_var: bool | None, set_alpha_to_one: bool = True) -> None:
         """Put the config in canonical form, then make the tables."""
         values = _canonical({**self.config, "simple_var": simple_var})
-        values["variance_type"] = values["variance_type"] or "fixed_small"
         if "_use_default_values" in values:
             # a key listed there gives way to the target's default in a swap: no value of ours may
             values["_use_default_values"] = []
@@ -300,6 +310,11 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
         _check_choice("prediction_type", values["prediction_type"], ("epsilon", "sample", "v_prediction"))
         _check_choice("timestep_spacing", values["timestep_spacing"], ("trailing", "leading", "linspace"))
         _check_choice("variance_type", values["variance_type"], self._variance_types)
+        if values["clip_sample_range"] <= 0:
+            raise ValueError(f"clip_sample_range must be above 0, got {values['clip_sample_range']}.")
+        if not 0 <= values["dynamic_thresholding_ratio"] <= 1:
+            ratio = values["dynamic_thresholding_ratio"]
+            raise ValueError(f"dynamic_thresholding_ratio must be from 0 to 1, got {ratio}.")
 
         self.betas = _betas_of(values)
         self.alphas = 1 - self.betas
@@ -316,6 +331,7 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
         )
         # until set_timesteps is called, sampling visits every timestep
         self.num_inference_steps: int | None = None
+        self._request: tuple[Any, ...] | None = None
         self._visit(np.arange(len(self) - 1, -1, -1), torch.device("cpu"))
 
     @classmethod
@@ -363,10 +379,16 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("Pass either num_inference_steps or timesteps, and not both.")
+        config, device = self.config, torch.device(device or "cpu")
+        # a pipeline asks for the same timesteps at every call: what was worked out for them still holds
+        request = (num_inference_steps, device, config["timestep_spacing"], config["steps_offset"])
+        if timesteps is None and request == self._request:
+            self.timesteps = self._visited
+            return
         if timesteps is None:
-            visited = self._space(operator.index(num_inference_steps))  # type: ignore[arg-type]
+            visited = self._space(_integer("num_inference_steps", num_inference_steps))
         else:
-            visited = np.array([operator.index(t) for t in timesteps], dtype=np.int64)
+            visited = np.array([_integer("timesteps", t) for t in timesteps], dtype=np.int64)
         if len(visited) == 0 or (np.diff(visited) >= 0).any():
             raise ValueError(f"timesteps must be in descending order, got {visited.tolist()}.")
         if visited[-1] < 0 or visited[0] >= len(self):
@@ -374,10 +396,11 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
                 f"timesteps must be from 0 to num_train_timesteps - 1 = {len(self) - 1}, got {visited[0]} to "
                 f"{visited[-1]}. Pass fewer num_inference_steps or, with leading spacing, a smaller steps_offset."
             )
-        if self.config["prediction_type"] == "epsilon" and self.alphas_cumprod[visited[0]] == 0:
+        if config["prediction_type"] == "epsilon" and self.alphas_cumprod[visited[0]] == 0:
             raise ValueError(NO_SIGNAL)
         self.num_inference_steps = len(visited)
-        self._visit(visited, torch.device(device or "cpu"))
+        self._request = request
+        self._visit(visited, device)
 
     def _space(self, n: int) -> Any:
         """The n timesteps of the config's `timestep_spacing`, in descending order."""
@@ -392,7 +415,7 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
 
     def _visit(self, timesteps: Any, device: torch.device) -> None:
         """Tabulate the steps between the given timesteps, an array `(n,)` in descending order."""
-        self.timesteps = torch.from_numpy(timesteps).to(device)
+        self.timesteps = self._visited = torch.from_numpy(timesteps).to(device)
         ascending = np.append(-1, timesteps[::-1])
         # prev for each t from 0 to T - 1: the largest entry below t
         self._previous = np.repeat(ascending, np.diff(ascending, append=len(self) - 1))
@@ -408,8 +431,9 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> Any:
         """The timestep that is visited after the given one, -1 after the last; of the type and shape of the input."""
+        self._backward.check_range(timestep)
         if isinstance(timestep, torch.Tensor):
-            return torch.from_numpy(self._previous).to(timestep.device)[timestep]
+            return torch.from_numpy(self._previous).to(timestep.device).take(timestep)
         return int(self._previous[timestep])
 
     # Forward process
@@ -606,20 +630,21 @@ class MNISTDDPMScheduler(MNISTSchedulerBase):
         """
         if noise_scale < 0:
             raise ValueError(f"noise_scale must be 0 (no noise) or more (1 as a rule), got {noise_scale}.")
-        c = self._backward.at(timestep, sample)
-        dtype, noise_std = _working_dtype(sample), noise_scale * c.noise_std
-        if self.config["variance_type"] == "learned_range":
+        learned = self.config["variance_type"] == "learned_range"
+        if learned:
             _check_shape("model_output", model_output, (len(sample), 2 * sample.shape[1], *sample.shape[2:]))
             model_output, v = model_output.chunk(2, dim=1)
         _check_shape("model_output", model_output, sample.shape)
-        x_t = _cast(sample, dtype)
-        x0_hat = self._predict_x0(_cast(model_output, dtype), x_t, c)
+        c = self._backward.at(timestep, sample)
+        x_t = _upcast(sample)
+        x0_hat = self._predict_x0(_upcast(model_output), x_t, c)
         x_prev = _add_scaled(c.x0_to_mean * x0_hat, c.xt_to_mean, x_t)
-        if noise_scale and not _is_zero(noise_std):
-            z = _cast(_noise_like(model_output, variance_noise, generator), dtype)
-            if self.config["variance_type"] == "learned_range":
-                z = z * torch.exp(c.log_variance_range * (_cast(v, dtype) + 1) / 4)
-            x_prev = _add_scaled(x_prev, noise_std, z)
+        if noise_scale and not _is_zero(c.noise_std):
+            z = _upcast(_noise_like(model_output, variance_noise, generator))
+            if learned:
+                # from the posterior's standard deviation to that of the variance at (v + 1) / 2 in the range of logs
+                z = z * torch.exp(c.log_variance_range * (_upcast(v) + 1) / 4)
+            x_prev = _add_scaled(x_prev, noise_scale * c.noise_std, z)
         return _output(x_prev, x0_hat, sample.dtype, return_dict)
 
 
@@ -717,8 +742,7 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
             raise ValueError(f"eta must be from 0 (no noise) to 1 (the noise of DDPM), got {eta}.")
         _check_shape("model_output", model_output, sample.shape)
         c = self._backward.at(timestep, sample)
-        dtype = _working_dtype(sample)
-        x_t, output = _cast(sample, dtype), _cast(model_output, dtype)
+        x_t, output = _upcast(sample), _upcast(model_output)
         x0_hat = self._predict_x0(output, x_t, c)
         if use_clipped_model_output:
             eps_hat = _add_scaled(x_t, -c.sqrt_alpha_bar_t, x0_hat) / c.sqrt_one_minus_alpha_bar_t
@@ -727,7 +751,7 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
         direction = c.sqrt_one_minus_alpha_bar_prev * (1 - eta**2 * c.fresh_share) ** 0.5
         x_prev = _add_scaled(c.sqrt_alpha_bar_prev * x0_hat, direction, eps_hat)
         if eta and not _is_zero(c.noise_std):
-            z = _cast(_noise_like(model_output, variance_noise, generator), dtype)
+            z = _upcast(_noise_like(model_output, variance_noise, generator))
             x_prev = _add_scaled(x_prev, eta * c.noise_std, z)
         return _output(x_prev, x0_hat, sample.dtype, return_dict)
 
@@ -750,9 +774,8 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
         """
         _check_shape("model_output", model_output, sample.shape)
         c = self._backward.at(timestep, sample)
-        dtype = _working_dtype(sample)
-        x_prev = _cast(sample, dtype)
-        eps_hat = self._predict_eps(_cast(model_output, dtype), x_prev, c)
+        x_prev = _upcast(sample)
+        eps_hat = self._predict_eps(_upcast(model_output), x_prev, c)
         x0_hat = _add_scaled(x_prev, -c.sqrt_one_minus_alpha_bar_prev, eps_hat) / c.sqrt_alpha_bar_prev
         return _cast(_add_scaled(c.sqrt_alpha_bar_t * x0_hat, c.sqrt_one_minus_alpha_bar_t, eps_hat), sample.dtype)
 

@@ -1,0 +1,159 @@
+"""Time the schedulers against diffusers' own, in the same run, turn by turn.
+
+`python benchmarks/scheduler_step.py` writes medians and ratios to `benchmarks/results/scheduler_step.json`. A ratio is
+our time over theirs: below 1 ours is faster.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SHAPES = [(1, 1, 28, 28), (16, 1, 28, 28), (256, 1, 28, 28), (1, 4, 64, 64), (4, 4, 64, 64)]
+# to be reached by ours over theirs: step and loop on MNIST up to batch 16, and everything else
+TARGET_SMALL, TARGET = 0.5, 1.0
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "scheduler_step.json")
+    parser.add_argument("--rounds", type=int, default=200, help="turns that each of the two takes")
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="steps of the loop")
+    parser.add_argument("--device", default=None, help="cpu or cuda; both where there is a GPU if not given")
+    parser.add_argument(
+        "--num_threads", type=int, default=None, help="threads of PyTorch on the CPU; its default if None"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"argument --rounds: must be 1 or more, got {args.rounds}")
+    return args
+
+
+def interleaved_medians(calls: list[Callable[[], Any]], rounds: int, sync: Callable[[], None]) -> list[float]:
+    """Median seconds of each call, taken in turns so that what else the machine does falls on all alike."""
+    times: list[list[float]] = [[] for _ in calls]
+    for round_number in range(rounds + 3):
+        for call, record in zip(calls, times, strict=True):
+            sync()
+            start = time.perf_counter()
+            call()
+            sync()
+            if round_number >= 3:  # the first rounds warm up
+                record.append(time.perf_counter() - start)
+    return [statistics.median(record) for record in times]
+
+
+def workloads(shape: tuple[int, ...], device: Any, num_inference_steps: int, seed: int) -> dict[str, Any]:
+    """What is timed: functions of a scheduler that is set to `num_inference_steps`."""
+    import torch
+
+    generator = torch.Generator(device).manual_seed(seed)
+    sample = torch.randn(shape, generator=generator, device=device)
+    output = torch.randn(shape, generator=generator, device=device)
+    timesteps = torch.randint(0, 1000, shape[:1], generator=generator, device=device)
+
+    def step(scheduler: Any) -> None:
+        scheduler.step(output, scheduler.timesteps[num_inference_steps // 2], sample, generator=generator)
+
+    def add_noise(scheduler: Any) -> None:
+        scheduler.add_noise(sample, output, timesteps)
+
+    def set_timesteps(scheduler: Any) -> None:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+
+    def loop(scheduler: Any) -> None:
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        x = sample
+        for t in scheduler.timesteps:
+            x = scheduler.step(output, t, x, generator=generator).prev_sample
+
+    return {"step": step, "add_noise": add_noise, "set_timesteps": set_timesteps, "loop": loop}
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Time everything, print it, and write it down."""
+    import diffusers
+    import numpy as np
+    import torch
+
+    from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMScheduler
+
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+    devices = [args.device] if args.device else ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    pairs = {
+        "DDPM": (MNISTDDPMScheduler, diffusers.DDPMScheduler),
+        "DDIM": (MNISTDDIMScheduler, diffusers.DDIMScheduler),
+    }
+    rows = []
+    for device in devices:
+        sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+        for name, (ours_class, theirs_class) in pairs.items():
+            for shape in SHAPES:
+                theirs = theirs_class(timestep_spacing="trailing")
+                ours = ours_class.from_config(theirs.config)
+                for scheduler in (ours, theirs):
+                    scheduler.set_timesteps(args.num_inference_steps, device=device)
+                for work, run in workloads(shape, device, args.num_inference_steps, args.seed).items():
+                    # a loop is as many steps: fewer rounds measure it as well
+                    rounds = max(args.rounds // 10, 5) if work == "loop" else args.rounds
+                    calls = [lambda s=scheduler, run=run: run(s) for scheduler in (ours, theirs)]
+                    ours_time, theirs_time = interleaved_medians(calls, rounds, sync)
+                    small = work in ("step", "loop") and shape[1] == 1 and shape[0] <= 16
+                    rows.append(
+                        {
+                            "device": device,
+                            "scheduler": name,
+                            "shape": list(shape),
+                            "work": work,
+                            "ours_us": round(ours_time * 1e6, 2),
+                            "diffusers_us": round(theirs_time * 1e6, 2),
+                            "ratio": round(ours_time / theirs_time, 3),
+                            "target": TARGET_SMALL if small else TARGET,
+                        }
+                    )
+                    row = rows[-1]
+                    mark = "" if row["ratio"] <= row["target"] else f"  above {row['target']}"
+                    print(
+                        f"{device} {name} {'x'.join(map(str, shape)):>12} {work:>13} "
+                        f"{row['ours_us']:>10} us {row['diffusers_us']:>10} us  ratio {row['ratio']}{mark}"
+                    )
+    report = {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "numpy": np.__version__,
+        },
+        "machine": {
+            "cpu": cpu_model(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "options": {key: value for key, value in vars(args).items() if key != "output"},
+        "reached": all(row["ratio"] <= row["target"] for row in rows),
+        "rows": rows,
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def cpu_model() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,25 @@
+"""The benchmark of the schedulers runs and writes down what it says."""
+
+import json
+
+import pytest
+import scheduler_step
+
+
+def test_it_writes_every_case_with_versions_and_options(tmp_path):
+    output = tmp_path / "new" / "result.json"
+    argv = ["--rounds", "1", "--num_inference_steps", "2", "--device", "cpu", "--output", str(output)]
+    report = scheduler_step.main(scheduler_step.parse_args(argv))
+    assert json.loads(output.read_text()) == report
+    assert len(report["rows"]) == 2 * len(scheduler_step.SHAPES) * 4
+    assert {row["work"] for row in report["rows"]} == {"step", "add_noise", "set_timesteps", "loop"}
+    for row in report["rows"]:
+        assert row["ratio"] == pytest.approx(row["ours_us"] / row["diffusers_us"], rel=0.05)
+    assert report["options"]["seed"] == 0
+    assert report["versions"].keys() == {"python", "torch", "diffusers", "numpy"}
+
+
+def test_a_senseless_number_of_rounds_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        scheduler_step.parse_args(["--rounds", "0"])
+    assert "--rounds: must be 1 or more, got 0" in capsys.readouterr().err

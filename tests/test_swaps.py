@@ -1,0 +1,455 @@
+"""Schedulers swapped for those of diffusers and back: equal tables, equal loops, no warning, live and saved.
+
+The cases cover every pair of values of the axes below. The tolerance of the tables is diffusers' float32 rounding; the
+loops are compared on float64 samples, where what differs is the rounding of those tables.
+"""
+
+import inspect
+import itertools
+import json
+import logging
+import random
+import warnings
+from contextlib import contextmanager
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMPipeline, UNet2DConditionModel, UNet2DModel
+
+from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMScheduler
+
+OURS = {"ddpm": MNISTDDPMScheduler, "ddim": MNISTDDIMScheduler}
+THEIRS = {"ddpm": diffusers.DDPMScheduler, "ddim": diffusers.DDIMScheduler}
+STEPS = 10
+
+AXES = {
+    "kind": ["ddpm", "ddim"],
+    "saved": [False, True],
+    "beta_schedule": ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "trained"],
+    "prediction_type": ["epsilon", "sample", "v_prediction"],
+    "clipping": ["clip", "wide clip", "threshold", "none"],
+    "timestep_spacing": ["leading", "trailing", "linspace"],
+    "steps_offset": [0, 1],
+    "num_train_timesteps": [1000, 400, STEPS],
+    "variance_type": ["fixed_small", "fixed_large", "learned_range"],
+    "eta": [0.0, 0.5, 1.0],
+    "use_clipped_model_output": [False, True],
+    "set_alpha_to_one": [True, False],
+    "rescale_betas_zero_snr": [False, True],
+}
+CLIPPING = {
+    "clip": {"clip_sample": True},
+    "wide clip": {"clip_sample": True, "clip_sample_range": 1.5},
+    "threshold": {"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 1.7},
+    "none": {"clip_sample": False},
+}
+
+
+def is_valid(case):
+    """What diffusers can do, and does right; its faults are the subject of test_peer_faults.py."""
+    pure_noise = case["timestep_spacing"] != "leading" or case["num_train_timesteps"] == STEPS
+    if case["kind"] == "ddpm" and (case["eta"], case["use_clipped_model_output"], case["set_alpha_to_one"]) != (
+        *(0.0, False, True),
+    ):
+        return False  # options of DDIM
+    if case["kind"] == "ddim":
+        if case["beta_schedule"] == "sigmoid" or case["variance_type"] != "fixed_small":
+            return False  # options of DDPM
+        if case["timestep_spacing"] == "linspace" and case["num_train_timesteps"] != STEPS:
+            return False  # fault: the previous timestep is t - T // n
+        if case["eta"] == 1 and pure_noise and case["beta_schedule"] == "squaredcos_cap_v2":
+            return False  # fault: NaN
+        if case["eta"] > 0 and not case["set_alpha_to_one"]:
+            return False  # noise in the last step: test_peer_faults.py
+    if case["rescale_betas_zero_snr"] and case["prediction_type"] == "epsilon" and pure_noise:
+        return False  # fault: a division by zero
+    return not (
+        case["timestep_spacing"] == "leading" and case["steps_offset"] and case["num_train_timesteps"] == STEPS
+    )
+
+
+def pairwise_cases():
+    """Cases, each drawn around a pair of values that no earlier one has, until every possible pair has one."""
+    draw, cases, covered = random.Random(0), [], set()
+    pairs = [
+        ((a, x), (b, y)) for a, b in itertools.combinations(AXES, 2) for x, y in itertools.product(AXES[a], AXES[b])
+    ]
+    for pair in pairs:
+        if pair in covered:
+            continue
+        for _ in range(400):  # pairs that are impossible, like DDPM with eta = 1, find no case
+            case = {axis: draw.choice(values) for axis, values in AXES.items()} | dict(pair)
+            if is_valid(case):
+                cases.append(case)
+                covered |= set(itertools.combinations(case.items(), 2))
+                break
+    return cases
+
+
+CASES = pairwise_cases()
+
+
+def config_of(case):
+    """The arguments of diffusers' scheduler."""
+    keys = ["prediction_type", "timestep_spacing", "steps_offset", "num_train_timesteps", "rescale_betas_zero_snr"]
+    config = {key: case[key] for key in keys} | CLIPPING[case["clipping"]]
+    # betas of one total for every T, so that the chain ends near pure noise
+    scale = 1000 / case["num_train_timesteps"]
+    config |= {"beta_start": min(1e-4 * scale, 0.01), "beta_end": min(2e-2 * scale, 0.7)}
+    if case["beta_schedule"] == "trained":
+        config["trained_betas"] = np.linspace(0.001, config["beta_end"], case["num_train_timesteps"]).tolist()
+    else:
+        config["beta_schedule"] = case["beta_schedule"]
+    config |= {"set_alpha_to_one": case["set_alpha_to_one"]} if case["kind"] == "ddim" else {}
+    config |= {"variance_type": case["variance_type"]} if case["kind"] == "ddpm" else {}
+    return config
+
+
+@contextmanager
+def no_warning():
+    """Fail on any warning, of Python or in diffusers' log."""
+    records = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.simplefilter("ignore", DeprecationWarning)  # NumPy's, of how some of them copy tensors
+            yield
+    finally:
+        logger.removeHandler(handler)
+    assert not [record.getMessage() for record in records]
+
+
+def swap(target, scheduler, saved, tmp_path=None):
+    """`target.from_config` of a live scheduler, or of its saved config."""
+    with no_warning():
+        if not saved:
+            return target.from_config(scheduler.config)
+        scheduler.save_pretrained(tmp_path)
+        return target.from_config(json.loads((tmp_path / "scheduler_config.json").read_text()))
+
+
+def run(scheduler, case):
+    """The x_prev of each step of a loop with a model that depends on x and t, and the last x0_hat."""
+    scheduler.set_timesteps(STEPS)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 2, 3, 3, generator=generator, dtype=torch.float64)
+    learned = case["variance_type"] == "learned_range"
+    options = {key: case[key] for key in ("eta", "use_clipped_model_output")} if case["kind"] == "ddim" else {}
+    trace = []
+    for t in scheduler.timesteps:
+        output = 0.9 * torch.sin(x + 0.01 * t)
+        output = torch.cat([output, torch.cos(x)], dim=1) if learned else output
+        out = scheduler.step(output, t, x, generator=generator, **options)
+        x = out.prev_sample
+        trace.append(x)
+    # diffusers draws noise in a last step that is not t = 0 (test_peer_faults.py): compare x0_hat there
+    trace[-1] = out.pred_original_sample if scheduler.timesteps[-1] > 0 else trace[-1]
+    return trace
+
+
+def agree(a, b):
+    """Whether two traces are equal, up to the rounding of float32 tables."""
+    return all(((x - y).abs().max() <= 5e-5 * y.abs().max()).item() for x, y in zip(a, b, strict=True))
+
+
+def same_tables(ours, theirs):
+    return (
+        ours.timesteps.equal(theirs.timesteps)
+        and torch.allclose(ours.betas.float(), theirs.betas, rtol=0, atol=5e-6)
+        and torch.allclose(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=0, atol=2e-6)
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
+def test_swap_table(case, tmp_path):
+    theirs = THEIRS[case["kind"]](**config_of(case))
+    ours = swap(OURS[case["kind"]], theirs, case["saved"], tmp_path)
+    expected = run(theirs, case)
+    assert agree(run(ours, case), expected)
+    assert same_tables(ours, theirs)
+    back = swap(THEIRS[case["kind"]], ours, case["saved"], tmp_path)
+    assert agree(run(back, case), expected)
+    # and on through the other of our two classes
+    if case["variance_type"] != "learned_range":
+        other = swap(OURS["ddim" if case["kind"] == "ddpm" else "ddpm"], ours, case["saved"], tmp_path)
+        again = swap(OURS[case["kind"]], other, not case["saved"], tmp_path)
+        assert agree(run(again, case), expected)
+
+
+def test_the_table_covers_every_possible_pair():
+    covered = {pair for case in CASES for pair in itertools.combinations(case.items(), 2)}
+    values = {(axis, value) for axis, values in AXES.items() for value in values}
+    assert {item for pair in covered for item in pair} == values
+
+
+@pytest.mark.parametrize("axis", [axis for axis in AXES if axis != "saved"])
+def test_each_axis_changes_the_output(axis):
+    def outcomes():
+        for case in CASES:
+            for value in AXES[axis]:
+                other = case | {axis: value}
+                if value != case[axis] and is_valid(other):
+                    yield not agree(*(run(OURS[c["kind"]].from_config(config_of(c)), c) for c in (case, other)))
+
+    assert any(outcomes())
+
+
+CHANGED = {
+    "num_train_timesteps": 999,
+    "beta_start": 2e-4,
+    "beta_end": 0.03,
+    "beta_schedule": "scaled_linear",
+    "trained_betas": [0.1] * 1000,
+    "variance_type": "fixed_large",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "prediction_type": "sample",
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.5,
+    "clip_sample_range": 0.5,
+    "sample_max_value": 3.0,
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+    "rescale_betas_zero_snr": True,
+}
+
+
+def differ(kind, key, value):
+    """Whether a loop shows that a single value of the config is another, in one of a few surroundings."""
+    case = {"kind": kind, "eta": 1.0, "use_clipped_model_output": False, "variance_type": "fixed_small"}
+    for around in (
+        {},
+        {"thresholding": True, "sample_max_value": 2.0},
+        {"sample_max_value": 2.0},
+        {"prediction_type": "v_prediction"},
+    ):
+        around = {k: v for k, v in around.items() if k != key} | {"_class_name": THEIRS[kind].__name__}
+        expected = run(THEIRS[kind](**{k: v for k, v in around.items() if k != "_class_name"}), case)
+        changed = OURS[kind].from_config({**around, key: value})
+        if not agree(run(OURS[kind].from_config(around), case), expected):
+            raise AssertionError("the defaults themselves differ from diffusers'")
+        if not agree(run(changed, case), expected):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_any_other_default_would_show(kind):
+    """A config with keys missing stands for diffusers' defaults, and no other value would pass for one of them."""
+    for key in inspect.signature(THEIRS[kind]).parameters:
+        assert differ(kind, key, CHANGED[key]), key
+
+
+def test_our_own_defaults():
+    expected = {
+        "num_train_timesteps": 1000,
+        "beta_start": 1e-4,
+        "beta_end": 2e-2,
+        "beta_schedule": "linear",
+        "trained_betas": None,
+        "variance_type": "fixed_small",
+        "clip_sample": True,
+        "prediction_type": "epsilon",
+        "thresholding": False,
+        "dynamic_thresholding_ratio": 0.995,
+        "clip_sample_range": 1.0,
+        "sample_max_value": 1.0,
+        "timestep_spacing": "trailing",
+        "steps_offset": 0,
+        "rescale_betas_zero_snr": False,
+    }
+    ddpm, ddim = ({k: v for k, v in cls().config.items() if not k.startswith("_")} for cls in OURS.values())
+    assert ddpm == expected
+    assert ddim == expected | {"set_alpha_to_one": True}
+
+
+# Configs
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("DDPM", "DDIM", "DDIMInverse", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep"),
+        *("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "PNDM", "DEISMultistep"),
+    ],
+)
+def test_swaps_with_other_schedulers_keep_every_value(name, kind, saved, tmp_path):
+    other_class = getattr(diffusers, f"{name}Scheduler")
+    values = {"num_train_timesteps": 500, "beta_schedule": "cosine", "prediction_type": "v_prediction"}
+    values |= {"clip_sample": False, "timestep_spacing": "trailing", "simple_var": True, "steps_offset": 1}
+    ours = OURS[kind](**values)
+    other = swap(other_class, ours, saved, tmp_path)
+    assert torch.allclose(other.betas, ours.betas.float(), rtol=1e-4, atol=1e-7)
+    for target in OURS.values():
+        back = swap(target, other, saved, tmp_path)
+        shared = [key for key in back.config if key in ours.config and not key.startswith("_")]
+        assert len(shared) >= 15
+        assert {key: back.config[key] for key in shared} == {key: ours.config[key] for key in shared}
+
+
+@pytest.mark.parametrize("name", ["EulerDiscrete", "PNDM", "DPMSolverMultistep", "UniPCMultistep"])
+def test_live_and_saved_configs_of_others_give_the_same(name, tmp_path):
+    other = getattr(diffusers, f"{name}Scheduler")(beta_schedule="scaled_linear")
+    for target in OURS.values():
+        live, saved = (swap(target, other, saved, tmp_path) for saved in (False, True))
+        bare = target.from_config(
+            {"_class_name": f"{name}Scheduler", "beta_schedule": "scaled_linear"}
+        )  # keys missing
+        for key in inspect.signature(target).parameters.keys() - {"simple_var"}:
+            assert live.config[key] == saved.config[key] == bare.config[key], key
+            if other.config.get(key) is not None:  # DPM-Solver has a variance_type of None
+                assert live.config[key] == other.config[key], key
+
+
+def test_positional_arguments_survive_a_swap():
+    assert diffusers.DDPMScheduler.from_config(MNISTDDPMScheduler(500).config).config.num_train_timesteps == 500
+
+
+def test_aliases_are_understood_in_configs():
+    config = {"_class_name": "MNISTDDPMScheduler", "beta_schedule": "cosine", "simple_var": True}
+    scheduler = MNISTDDIMScheduler.from_config(config)
+    assert (scheduler.config.beta_schedule, scheduler.config.variance_type) == ("squaredcos_cap_v2", "fixed_large")
+    assert "simple_var" not in scheduler.config
+    assert scheduler.config.timestep_spacing == "trailing"  # our own default
+    assert not MNISTDDPMScheduler.from_config(MNISTDDPMScheduler().config, simple_var=False).simple_var
+    assert MNISTDDPMScheduler.from_config(MNISTDDPMScheduler().config, simple_var=True).simple_var
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"variance_type": "learned"}, "variance_type must be one of"),
+        ({"variance_type": "fixed_small_log"}, "variance_type must be one of"),
+        ({"beta_schedule": "laplace"}, "beta_schedule must be one of"),
+        ({"prediction_type": "flow_prediction"}, "prediction_type must be one of"),
+    ],
+)
+def test_what_is_not_supported_raises(config, message):
+    for target in OURS.values():
+        with pytest.raises(ValueError, match=message):
+            target.from_config({"_class_name": "DDPMScheduler", **config})
+    with pytest.raises(ValueError, match="variance_type must be one of fixed_small, fixed_large, got 'learned_range'"):
+        MNISTDDIMScheduler.from_config(diffusers.DDPMScheduler(variance_type="learned_range").config)
+
+
+def test_ddim_honors_the_variance_type_that_diffusers_ddim_ignores():
+    """A departure: with eta above 0 a config of fixed_large means sigma-hat, and not the posterior's variance."""
+    config = diffusers.DDPMScheduler(variance_type="fixed_large", clip_sample=False).config
+    ours, theirs = MNISTDDIMScheduler.from_config(config), diffusers.DDIMScheduler.from_config(config)
+    case = {"kind": "ddim", "use_clipped_model_output": False, "variance_type": "fixed_large"}
+    assert agree(run(ours, case | {"eta": 0.0}), run(theirs, case | {"eta": 0.0}))
+    assert not agree(run(ours, case | {"eta": 1.0}), run(theirs, case | {"eta": 1.0}))
+
+
+# Pipelines
+
+
+def tiny_unet(**kwargs):
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        **kwargs,
+    )
+
+
+def stable_diffusion(pipeline_class, scheduler):
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=8,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    pipe = pipeline_class(
+        vae, None, None, unet, scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+SD_CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SD_CONFIG |= {"clip_sample": False}
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"variance_type": "fixed_large"}, {"beta_schedule": "squaredcos_cap_v2"}])
+def test_ddpm_pipeline_gives_the_same_images(kwargs):
+    pipe = DDPMPipeline(tiny_unet(), diffusers.DDPMScheduler(**kwargs))
+    pipe.set_progress_bar_config(disable=True)
+
+    def images():
+        return pipe(2, generator=torch.Generator().manual_seed(0), num_inference_steps=10, output_type="np").images
+
+    expected = images()
+    for target in (MNISTDDPMScheduler, MNISTDDIMScheduler):
+        pipe.scheduler = target.from_config(pipe.scheduler.config)
+        assert images().shape == expected.shape
+        if target is MNISTDDPMScheduler:
+            np.testing.assert_allclose(images(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"])
+def test_stable_diffusion_gives_the_same_images(name, kind):
+    pipe = stable_diffusion(getattr(diffusers, name), THEIRS[kind](**SD_CONFIG))
+    torch.manual_seed(1)
+    embeds = torch.randn(1, 4, 8)
+    kwargs = {"prompt_embeds": embeds, "negative_prompt_embeds": -embeds, "num_inference_steps": 5}
+    kwargs |= (
+        {"image": torch.rand(1, 3, 16, 16), "strength": 0.8} if "Img2Img" in name else {"height": 16, "width": 16}
+    )
+    for eta in (0.0, 1.0):
+
+        def images(eta=eta):
+            return pipe(**kwargs, eta=eta, generator=torch.Generator().manual_seed(0), output_type="np").images
+
+        pipe.scheduler = THEIRS[kind].from_config(pipe.scheduler.config)
+        expected = images()
+        with no_warning():
+            pipe.scheduler = OURS[kind].from_config(pipe.scheduler.config)
+        np.testing.assert_allclose(images(), expected, atol=1e-4)
+
+
+def test_a_pipeline_that_rewrites_the_config_is_obeyed():
+    """Stable Diffusion sets steps_offset and clip_sample in the config of the scheduler that it is given."""
+    scheduler = MNISTDDIMScheduler(timestep_spacing="leading")
+    with pytest.warns(FutureWarning, match="steps_offset|clip_sample"):
+        stable_diffusion(diffusers.StableDiffusionPipeline, scheduler)
+    scheduler.set_timesteps(5)
+    assert scheduler.timesteps.tolist() == [801, 601, 401, 201, 1]
+    x = torch.full((1, 1, 2, 2), 3.0)
+    assert scheduler.step(torch.zeros_like(x), 801, x).pred_original_sample.min() > 3
+
+
+def test_ddim_pipeline_runs():
+    """It rebuilds its scheduler as diffusers' own DDIM, from our config without a warning."""
+    with no_warning():
+        pipe = diffusers.DDIMPipeline(tiny_unet(), MNISTDDIMScheduler(beta_schedule="cosine"))
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    assert pipe(num_inference_steps=3, output_type="np").images.shape == (1, 8, 8, 1)
