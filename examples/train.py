@@ -105,7 +105,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="auto: as Accelerate is configured, or else bf16 where the hardware computes in it.",
     )
     machine.add_argument(
-        "--compile", action=flag, help="Use torch.compile; by default where it works and the run is long enough."
+        "--compile",
+        action=flag,
+        help="Use torch.compile; by default on a GPU, if it works and the run is long enough.",
     )
 
     output = parser.add_argument_group("output")

@@ -121,7 +121,7 @@ class Trainer:
         }
         checkpoint, self.first_step = self._find_checkpoint()
         self.compiled_unet, compilation = compile_model(
-            self.unet, args.compile, self.total_steps - self.first_step, try_out=self._try_out
+            self.unet, args.compile, self.total_steps - self.first_step, accelerator.device, try_out=self._try_out
         )
         if checkpoint:
             accelerator.load_state(str(checkpoint))

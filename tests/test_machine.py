@@ -9,6 +9,7 @@ from machine import MIN_STEPS_TO_COMPILE, StopSignal, choose_mixed_precision, co
 from torch import nn
 
 CPU = torch.device("cpu")
+GPU = torch.device("cuda")  # only its type is looked at
 
 
 @pytest.fixture
@@ -80,26 +81,26 @@ def try_out(model):
 
 def test_compilation_is_left_out_where_it_does_not_pay():
     model = Broken()
-    assert compile_model(model, False, 10**6, try_out) == (model, "off")
-    compiled, report = compile_model(model, None, MIN_STEPS_TO_COMPILE - 1, try_out)
-    assert compiled is model
-    assert report == "off (it pays from 1,000 steps on)"
+    assert compile_model(model, False, 10**6, GPU, try_out) == (model, "off")
+    assert compile_model(model, None, 10**6, CPU, try_out) == (model, "off (on a CPU it gains nothing)")
+    too_few = MIN_STEPS_TO_COMPILE - 1
+    assert compile_model(model, None, too_few, GPU, try_out) == (model, "off (it pays from 1,000 steps on)")
 
 
 def test_compilation_that_fails_is_reported_or_if_asked_for_an_error():
     model = Broken()
-    compiled, report = compile_model(model, None, MIN_STEPS_TO_COMPILE, try_out)
+    compiled, report = compile_model(model, None, MIN_STEPS_TO_COMPILE, GPU, try_out)
     assert compiled is model
     assert report.startswith("off, as it does not work here (no compiler")
     with pytest.raises(ValueError, match=r"--compile: torch.compile does not work here .*--no-compile"):
-        compile_model(model, True, 1, try_out)
+        compile_model(model, True, 1, GPU, try_out)
 
 
 @pytest.mark.slow
 def test_compiled_model_computes_the_same():
     model = nn.Linear(3, 2)
     inputs = torch.randn(4, 3)
-    compiled, report = compile_model(model, True, 1, lambda model: model(inputs).sum().backward())
+    compiled, report = compile_model(model, True, 1, CPU, lambda model: model(inputs).sum().backward())
     assert report == "on"
     assert compiled is not model
     torch.testing.assert_close(compiled(inputs), model(inputs))

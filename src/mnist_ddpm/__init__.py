@@ -1,14 +1,20 @@
 """Unconditional diffusion on MNIST: DDPM and DDIM for Hugging Face diffusers."""
 
-__version__ = "0.1.0"
+from pathlib import Path
 
 from mnist_ddpm.metrics import CLASSIFIER
 from mnist_ddpm.pipeline import MNISTDDPMPipeline
 from mnist_ddpm.schedulers import MNISTDDIMScheduler, MNISTDDPMScheduler
 from mnist_ddpm.unet import MNISTUNet2DModel
 
+__version__ = "0.1.0"
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+"""The folder of the trained pipeline that comes with the package: `MNISTDDPMPipeline.from_pretrained(PRETRAINED)`."""
+
 __all__ = [
     "CLASSIFIER",
+    "PRETRAINED",
     "MNISTDDIMScheduler",
     "MNISTDDPMPipeline",
     "MNISTDDPMScheduler",

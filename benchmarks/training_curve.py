@@ -1,0 +1,57 @@
+"""Keep what a run of `examples/train.py` cost and how its loss fell, from its logs."""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+from evaluate import provenance  # noqa: E402
+from train import positive_int  # noqa: E402
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("run", type=Path, help="The run's --output_dir.")
+    parser.add_argument("--training_command", required=True, help="The command that made the run.")
+    parser.add_argument("--training_machine", required=True, help="The machine that it ran on.")
+    parser.add_argument("--window", type=positive_int, default=250, help="Steps to average the loss over.")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "training.json")
+    args = parser.parse_args(argv)
+    args.command, args.seed = ["python", "benchmarks/training_curve.py", *argv], None
+    return args
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Read `train_log.jsonl` and TensorBoard's events, and write the summary."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    losses = [json.loads(line)["loss"] for line in (args.run / "train_log.jsonl").read_text().splitlines()]
+    windows = [losses[i : i + args.window] for i in range(0, len(losses), args.window)]
+    events = EventAccumulator(str(args.run / "logs" / "train"), size_guidance={"scalars": 0}).Reload()
+    rates = events.Scalars("images_per_second")
+    origin = provenance(args)
+    result = {
+        "training": {
+            "command": args.training_command,
+            "machine": args.training_machine,
+            "steps": len(losses),
+            "seconds": round(rates[-1].wall_time - rates[0].wall_time),
+            "images_per_second": round(statistics.median(rate.value for rate in rates)),
+            "loss_window": args.window,
+            "loss": [round(statistics.fmean(window), 5) for window in windows],
+        },
+        "versions": origin["versions"],
+    }
+    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main(parse_args())

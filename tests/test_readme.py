@@ -1,0 +1,120 @@
+"""What the README files show works: their code, their commands, their links, their figures."""
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import readme_tables
+
+ROOT = Path(__file__).resolve().parent.parent
+READMES = [ROOT / "README.md", ROOT / "examples" / "README.md", ROOT / "data" / "mnist" / "README.md"]
+
+
+def blocks(readme: Path, language: str) -> list[str]:
+    """The fenced code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", readme.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def script_calls() -> list[tuple[str, list[str]]]:
+    """Each script of `examples/` that a shell line of the README files calls, with its arguments."""
+    lines = [line for readme in READMES for block in blocks(readme, "bash") for line in block.splitlines()]
+    calls = []
+    for line in lines:
+        words = shlex.split(line.rpartition("&&")[2])
+        for i, word in enumerate(words):
+            if match := re.fullmatch(r"examples/(\w+)\.py", word):
+                calls.append((match[1], words[i + 1 :]))
+    return calls
+
+
+def test_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in blocks(ROOT / "README.md", "python"):
+        exec(code, names)
+    assert names["image"].size == (28, 28)
+    assert len(names["images"]) == 2
+    assert names["x_prev"].shape == names["x_0"].shape
+
+
+@pytest.mark.parametrize(("script", "argv"), script_calls(), ids=lambda value: value if isinstance(value, str) else "")
+def test_commands_have_flags_that_exist(script, argv):
+    importlib.import_module(script).parse_args(argv)
+
+
+@pytest.mark.parametrize("name", ["sample", "train", "test"])
+def test_each_line_stands_alone(name):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(rf"^<!-- line: {name} -->\n```bash\n(.*)\n```$", text, re.MULTILINE)
+    assert line.startswith("python3 -m venv .venv")
+    assert "-c constraints.txt" in line
+
+
+def test_the_tests_have_an_environment_of_their_own():
+    lines = [line for line in blocks(ROOT / "README.md", "bash") if line.startswith("python3 -m venv")]
+    sample, train, test = (line.split()[3] for line in lines)
+    assert sample == train != test
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
+def test_links_lead_somewhere(readme):
+    targets = re.findall(r"\]\(([^)#]+)", readme.read_text(encoding="utf-8"))
+    missing = [t for t in targets if not t.startswith("https://") and not (readme.parent / t).exists()]
+    assert missing == []
+
+
+def test_figures_are_those_of_the_results():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (section,) = readme_tables.SECTION.findall(readme)
+    assert section == readme_tables.section(ROOT / "benchmarks" / "results")
+
+
+def test_tables_show_each_kind_of_result(tmp_path):
+    origin = {"command": "python x.py", "machine": "a machine", "versions": {"torch": "2.13.0", "diffusers": "0.42.1"}}
+    score = {"fid": 12.345, "kid": 0.5, "precision": 0.25, "recall": 0.75, "confident_share": 0.875}
+    timing = {"scheduler": "DDPM", "shape": [1, 1, 28, 28], "device": "cpu"}
+    files = {
+        "ddim": origin
+        | {
+            "scores": score | {"class_shares": [0.05, 0.15, *[0.1] * 8]},
+            "floor": score | {"fid": 1.5},
+            "num_images": {"samples": 1000},
+        },
+        "every_scheduler": origin
+        | {
+            "schedulers": {"lms": {"class": "LMSDiscreteScheduler", "confident_share": 0.5, "confidence": 0.625}},
+            "num_images": 200,
+            "num_inference_steps": 50,
+        },
+        "classifier": origin | {"test_accuracy": 0.99, "num_test_images": 10_000},
+        "training": {
+            "training": {
+                "command": "train",
+                "machine": "a machine",
+                "steps": 1000,
+                "seconds": 120,
+                "images_per_second": 512,
+                "loss_window": 500,
+                "loss": [0.5, 0.25],
+            },
+            "versions": origin["versions"],
+        },
+        "scheduler_step": {
+            "rows": [timing | {"work": "step", "ratio": 0.25}, timing | {"work": "loop", "ratio": 0.5}],
+            "machine": {"cpu": "a CPU", "threads": 2, "gpu": None},
+        },
+    }
+    for name, result in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    text = readme_tables.section(tmp_path)
+    assert "| ddim | 1,000 | 12.35 / 1.50 | 0.5000 / 0.5000 |" in text
+    assert "5.0% to 15.0%" in text
+    assert "| `LMSDiscreteScheduler` | 50.0% | 0.625 |" in text
+    assert "99.00% of the 10,000 test images" in text
+    assert "1,000 steps in 2 minutes, 512 images per second; mean loss of the last 500 steps 0.2500" in text
+    assert text.count("`python x.py` (a machine; torch 2.13.0, diffusers 0.42.1)") == 3
+    assert "| DDPM, 1 x 1 x 28 x 28, cpu | 0.25 | 0.50 |" in text
+    assert "(a CPU, threads: 2)" in text
