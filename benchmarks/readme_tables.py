@@ -61,7 +61,9 @@ def schedulers(results: dict[str, Result]) -> str:
     return (
         f"One model through each scheduler by `from_config`, {result['num_inference_steps']} steps, "
         f"{result['num_images']} images each:\n\n"
-        f"{table(['', 'confidence >= 0.9', 'mean confidence'], rows)}\n\n{origins(results)}"
+        f"{table(['', 'confidence >= 0.9', 'mean confidence'], rows)}\n\n"
+        "![The same noise through each of them, in the order of the table](assets/schedulers.png)\n\n"
+        f"{origins(results)}"
     )
 
 
@@ -95,7 +97,8 @@ def scheduler_step(results: dict[str, Result]) -> str:
     rows = [[", ".join(key), *(of_work[work] for work in columns)] for key, of_work in ratios.items()]
     names = [result["machine"]["cpu"], f"threads: {result['machine']['threads']}", result["machine"]["gpu"]]
     return (
-        "Our time as a multiple of that of diffusers' scheduler of the same name (less is better):\n\n"
+        "Our time as a multiple of that of diffusers' scheduler of the same name (less is better). The\n"
+        "exception is `set_timesteps`: it works out in advance, once for each sampling, what the steps need.\n\n"
         f"{table(['', *(f'`{work}`' for work in columns)], rows)}\n\n"
         f"- `python benchmarks/scheduler_step.py` ({', '.join(filter(None, names))})"
     )
