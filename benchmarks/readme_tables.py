@@ -60,7 +60,8 @@ def schedulers(results: dict[str, Result]) -> str:
     ]
     return (
         f"One model through each scheduler by `from_config`, {result['num_inference_steps']} steps, "
-        f"{result['num_images']} images each:\n\n"
+        f"{result['num_images']} images each;\nthose of diffusers leave out the noisiest timesteps, as in "
+        "`examples/sample.py`:\n\n"
         f"{table(['', 'confidence >= 0.9', 'mean confidence'], rows)}\n\n"
         "![The same noise through each of them, in the order of the table](assets/schedulers.png)\n\n"
         f"{origins(results)}"
@@ -95,12 +96,13 @@ def scheduler_step(results: dict[str, Result]) -> str:
         shape = " x ".join(map(str, row["shape"]))
         ratios.setdefault((row["scheduler"], shape, row["device"]), {})[row["work"]] = f"{row['ratio']:.2f}"
     rows = [[", ".join(key), *(of_work[work] for work in columns)] for key, of_work in ratios.items()]
-    names = [result["machine"]["cpu"], f"threads: {result['machine']['threads']}", result["machine"]["gpu"]]
+    threads = result["machine"]["threads"]
+    names = [result["machine"]["cpu"], f"threads: {threads}", result["machine"]["gpu"]]
     return (
         "Our time as a multiple of that of diffusers' scheduler of the same name (less is better). The\n"
         "exception is `set_timesteps`: it works out in advance, once for each sampling, what the steps need.\n\n"
         f"{table(['', *(f'`{work}`' for work in columns)], rows)}\n\n"
-        f"- `python benchmarks/scheduler_step.py` ({', '.join(filter(None, names))})"
+        f"- `python benchmarks/scheduler_step.py --num_threads {threads}` ({', '.join(filter(None, names))})"
     )
 
 
