@@ -190,12 +190,13 @@ def test_add_noise_leaves_the_tables_where_they_are():
 
 @pytest.mark.parametrize("kind", ["DDPM", "DDIM"])
 def test_a_step_never_waits_for_a_device(kind):
-    """With stand-ins for a GPU's tensors, anything that needs to read a value of one raises."""
+    """After the first step; with stand-ins for a GPU's tensors, anything that needs to read a value of one raises."""
     ours = {"DDPM": MNISTDDPMScheduler, "DDIM": MNISTDDIMScheduler}[kind]()
     theirs = getattr(diffusers, f"{kind}Scheduler")()
     outcomes = []
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(10)
+        scheduler.step(normal(0), scheduler.timesteps[0], normal(1))
         with FakeTensorMode(allow_non_fake_inputs=True):
             scheduler.timesteps = torch.empty(10, dtype=torch.long, device="cuda")
             x, t = torch.empty(SHAPE, device="cuda"), torch.empty((), dtype=torch.long, device="cuda")

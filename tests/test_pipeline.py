@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import numpy as np
@@ -184,22 +183,14 @@ def test_noise_scale_zero_makes_ddpm_a_function_of_the_latents():
 
 
 def test_calls_do_not_disturb_each_other():
-    pipe = pipeline(diffusers.DPMSolverMultistepScheduler())  # keeps the model outputs of earlier steps
+    # keeps the model outputs of earlier steps; predicted samples stay within the range of images
+    pipe = pipeline(diffusers.DPMSolverMultistepScheduler(prediction_type="sample"))
     before = dict(vars(pipe.scheduler))
     first = images(pipe, generator=seeded(0))
     interrupted = images(pipe, generator=seeded(0), callback_on_step_end=interrupt_after(1))
     torch.testing.assert_close(images(pipe, generator=seeded(0)), first, atol=0, rtol=0)
     assert (interrupted - first).abs().max() > 0.01
     assert all(vars(pipe.scheduler)[name] is value for name, value in before.items())
-
-
-def test_threads_that_share_a_pipeline_get_what_their_seeds_give_alone():
-    pipe = pipeline(MNISTDDPMScheduler())
-    alone = [images(pipe, generator=seeded(seed), num_inference_steps=3 + seed) for seed in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        calls = [pool.submit(images, pipe, generator=seeded(s), num_inference_steps=3 + s) for s in range(4)]
-        for expected, call in zip(alone, calls, strict=True):
-            torch.testing.assert_close(call.result(), expected, atol=1e-6, rtol=0)
 
 
 # What it returns
@@ -392,7 +383,7 @@ def test_loads_in_a_new_process_by_one_import(tmp_path):
         ({"batch_size": 2.0}, "`batch_size`.*2.0"),
         ({"batch_size": 3, "generator": seeded(0, 1)}, "`generator` is a list of 2 but `batch_size` is 3"),
         ({"generator": 5}, "`generator` must be a torch.Generator.*got 5"),
-        ({"latents": [[0.0]]}, r"`latents` must be a tensor of shape \(1, 1, 8, 8\).*got list"),
+        ({"latents": [[0.0]]}, r"`latents` must be a floating point tensor of shape \(1, 1, 8, 8\).*got list"),
         ({"eta": "half"}, "`eta` must be a finite number.*got 'half'"),
         ({"latents": torch.zeros(2, 1, 8, 8)}, r"`latents`.*\(1, 1, 8, 8\).*got \(2, 1, 8, 8\)"),
         ({"latents": torch.full((1, 1, 8, 8), float("nan"))}, "`latents` must be finite"),
@@ -420,7 +411,7 @@ def test_bad_arguments_are_named(arguments, message):
 def test_options_of_another_scheduler_are_refused():
     with pytest.raises(ValueError, match="`eta` is not for MNISTDDPMScheduler"):
         images(pipeline(MNISTDDPMScheduler()), eta=0.0)
-    with pytest.raises(ValueError, match="`noise_scale` must be a finite number from 0 to inf, got -1"):
+    with pytest.raises(ValueError, match="`noise_scale` must be a finite number from 0 to 1000, got -1"):
         images(pipeline(MNISTDDPMScheduler()), noise_scale=-1.0)
     with pytest.raises(ValueError, match="`timesteps` is not for PNDMScheduler"):
         images(pipeline(PNDMScheduler()), num_inference_steps=None, timesteps=[5, 1])

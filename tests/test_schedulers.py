@@ -461,6 +461,46 @@ def test_float32_is_within_its_rounding_of_float64(scheduler_class):
         close(low.double(), high, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("clip", [{"clip_sample": False}, {"clip_sample_range": 0.7}, {"thresholding": True}])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@BOTH
+def test_a_step_leaves_its_arguments_alone_and_has_the_gradient_of_its_values(
+    scheduler_class, prediction_type, clip, per_image
+):
+    scheduler = scheduler_class(prediction_type=prediction_type, **clip)
+    eta = {"eta": 0.7, "use_clipped_model_output": True} if scheduler_class is MNISTDDIMScheduler else {}
+    t = torch.tensor([800, 30]) if per_image else 500
+    arguments = [normal(seed, (2, 1, 2, 2)).requires_grad_() for seed in range(3)]
+    before = [argument.detach().clone() for argument in arguments]
+
+    def step(output, x, z):
+        return tuple(scheduler.step(output, t, x, variance_noise=z, return_dict=False, **eta))
+
+    assert torch.autograd.gradcheck(step, arguments)
+    assert all(argument.equal(value) for argument, value in zip(arguments, before, strict=True))
+
+
+@BOTH
+def test_a_float32_model_does_not_round_a_float64_sample(scheduler_class):
+    for prediction_type in ("epsilon", "sample", "v_prediction"):
+        scheduler = scheduler_class(prediction_type=prediction_type, clip_sample=False)
+        output, x = normal(0, dtype=torch.float32), normal(1)
+        mixed = scheduler.step(output, 500, x, variance_noise=normal(2)).prev_sample
+        close(mixed, scheduler.step(output.double(), 500, x, variance_noise=normal(2)).prev_sample)
+
+
+def test_ddim_keeps_the_little_that_full_noise_leaves_of_eps_hat():
+    """At eta = 1 the direction's share of the noise may be 1e-7: as a difference from 1 float32 would lose it."""
+    scheduler = MNISTDDIMScheduler(beta_schedule="cosine", clip_sample=False, prediction_type="v_prediction")
+    scheduler.set_timesteps(timesteps=[999, 900])
+    x, output, z = (normal(seed) for seed in range(3))
+    t = torch.full((3,), 999)
+    low = scheduler.step(output.float(), t, x.float(), eta=1.0, variance_noise=z.float()).prev_sample
+    high = scheduler.step(output, 999, x, eta=1.0, variance_noise=z).prev_sample
+    close(low.double(), high, rtol=1e-6, atol=2e-6)
+
+
 # encode
 
 
@@ -569,12 +609,12 @@ def test_a_loop_on_a_gpu_never_waits_for_it(scheduler):
         ({"variance_type": "other"}, "variance_type must be one of"),
         ({"variance_type": "learned"}, "variance_type must be one of"),
         ({"variance_type": "fixed_small", "simple_var": True}, "contradicts variance_type='fixed_small'"),
-        ({"beta_end": 2.0}, "betas must lie above 0"),
+        ({"beta_end": 2.0}, "beta_end must be a number from 0 to 1, got 2.0"),
         ({"beta_start": 0.0}, "betas must lie above 0"),
         ({"trained_betas": [0.1, 1.0, 0.1]}, "leave some signal"),
         ({"num_train_timesteps": 0}, "num_train_timesteps must be"),
-        ({"clip_sample_range": -1.0}, "clip_sample_range must be above 0, got -1"),
-        ({"dynamic_thresholding_ratio": 99.5}, "dynamic_thresholding_ratio must be from 0 to 1, got 99.5"),
+        ({"clip_sample_range": -1.0}, "clip_sample_range must be a number from 1e-06 to .*, got -1"),
+        ({"dynamic_thresholding_ratio": 99.5}, "dynamic_thresholding_ratio must be a number from 0 to 1, got 99.5"),
     ],
 )
 def test_bad_configs_are_refused(scheduler_class, kwargs, message):
@@ -625,7 +665,7 @@ def test_arguments_that_do_not_fit_are_refused(scheduler_class):
         (TypeError, "timesteps must be an integer, got 2.5", lambda: scheduler.set_timesteps(timesteps=[5, 2.5])),
         (ValueError, "one for each of 3 images", lambda: scheduler.step(x, torch.tensor([1, 2]), x)),
         (ValueError, "model_output must have shape", lambda: scheduler.step(x.repeat(1, 2, 1, 1), 5, x)),
-        (TypeError, "sample must be floating point", lambda: scheduler.add_noise(x.long(), x.long(), 5)),
+        (TypeError, "sample must be a floating point tensor", lambda: scheduler.add_noise(x.long(), x.long(), 5)),
         (ValueError, "noise must have shape", lambda: scheduler.add_noise(x, x[:1], 5)),
         (ValueError, "noise must have shape", lambda: scheduler.step(x, 5, x, variance_noise=x[:1], **noisy)),
         (ValueError, "one per image", lambda: scheduler.step(x, 5, x, generator=[torch.Generator()] * 2, **noisy)),
@@ -642,9 +682,9 @@ def test_arguments_that_do_not_fit_are_refused(scheduler_class):
 
 def test_amounts_of_noise_out_of_range_are_refused():
     x = normal(0)
-    with pytest.raises(ValueError, match=r"eta must be from 0 .* got 1.5"):
+    with pytest.raises(ValueError, match=r"eta must be a number from 0 to 1 .* got 1.5"):
         MNISTDDIMScheduler().step(x, 5, x, eta=1.5)
-    with pytest.raises(ValueError, match="noise_scale must be 0"):
+    with pytest.raises(ValueError, match=r"noise_scale must be a number from 0 to 1000 .* got -1"):
         MNISTDDPMScheduler().step(x, 5, x, noise_scale=-1)
     with pytest.raises(ValueError, match="variance_type must be one of fixed_small, fixed_large, got 'learned_range'"):
         MNISTDDIMScheduler(variance_type="learned_range")

@@ -10,10 +10,15 @@ import json
 import math
 import operator
 import os
+import re
+import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -23,10 +28,15 @@ from diffusers import ModelMixin, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
-from huggingface_hub import create_repo, file_exists, snapshot_download, upload_folder
+from huggingface_hub import CommitOperationAdd, create_commit, create_repo, file_exists, get_token, snapshot_download
 
+KINDS = {"_class_name": DiffusionPipeline, "scheduler": SchedulerMixin, "unet": ModelMixin}
+MAX_CONFIG_BYTES = 5_000_000
+MAX_VALUES = 2**30  # of the images of one call: 4 GiB in float32
+MAX_NOISE_SCALE = 1000.0
 OUTPUT_TYPES = ("pil", "np", "pt")
 PIL_CHANNELS = (1, 3, 4)
+LOADING = threading.RLock()  # diffusers patches torch for all threads while it builds a model: one at a time
 
 
 class MNISTDDPMPipeline(DiffusionPipeline):
@@ -78,10 +88,11 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         """Generate images.
 
         The sample is kept in float32 (or more) whatever the U-Net's dtype, so that the same seed starts from the same
-        noise in each. Each call works on its own copy of the scheduler: calls do not disturb each other.
+        noise in each. Each call works on its own copy of the scheduler: calls do not disturb each other, in threads
+        neither (but for `enable_model_cpu_offload`, which moves the U-Net at the end of each).
 
         Args:
-            batch_size: How many images.
+            batch_size: How many images; all of them together hold at most 2**30 values.
             generator: Where the randomness comes from. One generator serves the whole batch; with a list, one per
                 image, each image is a function of its own seed, whatever the batch.
             latents: Start from this noise, N(0, I) of shape `(B, C, H, W)`, instead of drawing it.
@@ -90,8 +101,8 @@ class MNISTDDPMPipeline(DiffusionPipeline):
             timesteps: The timesteps to visit, strictly decreasing within `[0, num_train_timesteps)`, instead of
                 `num_inference_steps`.
             eta: DDIM's weight of the noise, in `[0, 1]`; only for schedulers whose `step` takes it.
-            noise_scale: Factor on the noise of each backward step, at least 0; only for schedulers whose `step` takes
-                it.
+            noise_scale: Factor on the noise of each backward step, from 0 to 1000; only for schedulers whose `step`
+                takes it.
             output_type: `"pil"` (a list; mode L for one channel), `"np"` (float32, `(B, H, W, C)` in `[0, 1]`) or
                 `"pt"` (`(B, C, H, W)` in `[0, 1]`).
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
@@ -111,22 +122,26 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        shape = self._sample_shape(batch_size)
-        self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
+        run = copy.copy(self)  # what is swapped in this pipeline from now on is for the next call
+        unet = run.unet
+        shape = run._sample_shape(batch_size)
+        run._check_outputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
 
-        run = copy.copy(self)  # what this call changes: its scheduler, and what a callback sets
-        run.scheduler = scheduler = copy.deepcopy(self.scheduler)
+        run.scheduler = scheduler = copy.deepcopy(run.scheduler)
         run._interrupt = False
-        device = self._execution_device
+        device = run._execution_device
         _set_timesteps(scheduler, num_inference_steps, timesteps, device)
         run._num_timesteps = len(scheduler.timesteps)
         step_kwargs = _step_kwargs(scheduler, generator=generator, eta=eta, noise_scale=noise_scale)
-        sample = self._initial_noise(shape, generator, latents, device) * scheduler.init_noise_sigma
+        sample = run._initial_noise(shape, generator, latents, device) * scheduler.init_noise_sigma
 
+        takes_variance = scheduler.config.get("variance_type") in ("learned", "learned_range")
         finite = []
-        for i, t in enumerate(self.progress_bar(scheduler.timesteps)):
-            model_input = scheduler.scale_model_input(sample, t).to(self.unet.dtype)
-            model_output = self.unet(model_input, t).sample.to(sample.dtype)
+        for i, t in enumerate(run.progress_bar(scheduler.timesteps)):
+            model_input = scheduler.scale_model_input(sample, t).to(unet.dtype)
+            model_output = unet(model_input, t).sample.to(sample.dtype)
+            if model_output.shape[1] == 2 * sample.shape[1] and not takes_variance:
+                model_output = model_output.chunk(2, dim=1)[0]  # DDIM and the solvers have no use for the variance
             output = scheduler.step(model_output, t, sample, **step_kwargs)
             sample = output.prev_sample
             if callback_on_step_end is not None:
@@ -134,11 +149,13 @@ class MNISTDDPMPipeline(DiffusionPipeline):
                 edits = callback_on_step_end(run, i, t, tensors)
                 if not isinstance(edits, dict):
                     raise TypeError(f"`callback_on_step_end` must return a dict (it may be empty), got {edits!r}")
-                sample = edits.get("latents", sample)
-            finite.append(torch.isfinite(sample).all())  # looked at after the loop: no wait for the device here
+                if "latents" in edits:
+                    sample = _check_latents(edits["latents"], shape, " of `callback_on_step_end`").to(sample)
+            # looked at after the loop: no wait for the device here
+            finite.append(torch.isfinite(model_output).all() & torch.isfinite(sample).all())
             if run.interrupt:
                 break
-        self._check_finite(torch.stack(finite), scheduler)
+        run._check_finite(torch.stack(finite), scheduler)
 
         images: Any = (sample / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
@@ -153,12 +170,21 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size` must be an int of at least 1, got {batch_size!r}")
         size = self.unet.config.sample_size
-        if size is None:
-            raise ValueError("the U-Net's config has no `sample_size`: build it with the size of its images")
-        height, width = (size, size) if isinstance(size, int) else size
-        return batch_size, self.unet.config.in_channels, height, width
+        pair = [size, size] if isinstance(size, int) else size
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+            raise ValueError(
+                f"the U-Net's config has no `sample_size` of one or two positive ints, but {size!r}: build it with "
+                "the size of its images"
+            )
+        shape = batch_size, self.unet.config.in_channels, pair[0], pair[1]
+        if (most := MAX_VALUES // math.prod(shape[1:])) < batch_size:
+            raise ValueError(
+                f"`batch_size` must be at most {most} for images of shape {shape[1:]}, got {batch_size}: sample them "
+                "in several calls"
+            )
+        return shape
 
-    def _check_outputs(self, output_type: str, tensor_inputs: Sequence[str]) -> None:
+    def _check_outputs(self, output_type: str, callback: Any, tensor_inputs: Sequence[str]) -> None:
         """Refuse what the call could not hand out, before any work."""
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}")
@@ -167,11 +193,11 @@ class MNISTDDPMPipeline(DiffusionPipeline):
             raise ValueError(
                 f"`output_type='pil'` needs {PIL_CHANNELS} channels, but the U-Net has {channels}: use 'np' or 'pt'"
             )
-        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` may name {self._callback_tensor_inputs}, got {unknown}"
-            )
+        if callback is not None and not callable(callback):
+            raise ValueError(f"`callback_on_step_end` must be a function or None, got {callback!r}")
+        names, known = tensor_inputs, self._callback_tensor_inputs
+        if not isinstance(names, list | tuple) or any(name not in known for name in names):
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` may name {known}, got {names!r}")
 
     def _initial_noise(
         self,
@@ -191,13 +217,7 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        given = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
-        if given != shape:
-            raise ValueError(
-                f"`latents` must be a tensor of shape {shape} (`batch_size`, then the U-Net's channels and size), "
-                f"got {given}"
-            )
-        if not torch.isfinite(latents).all():
+        if not torch.isfinite(_check_latents(latents, shape)).all():
             raise ValueError("`latents` must be finite: it holds NaN or infinity")
         return latents.to(device, dtype)
 
@@ -212,7 +232,7 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         else:
             cause = f"the weights are finite, so look at the dtype ({self.unet.dtype}) and the scheduler's config"
         raise RuntimeError(
-            f"the sample is not finite from step {step + 1} of {len(scheduler.timesteps)} on "
+            f"the sample or the prediction is not finite from step {step + 1} of {len(scheduler.timesteps)} on "
             f"(timestep {scheduler.timesteps[step]:g}, {type(scheduler).__name__}): {cause}"
         )
 
@@ -245,16 +265,24 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         if kwargs.get("use_safetensors") is False:
             raise ValueError("`use_safetensors` must be True: pickled weights may run code when they are loaded")
         kwargs["use_safetensors"] = True
-        return super().from_pretrained(os.fspath(pretrained_model_name_or_path), **kwargs)
+        with LOADING:
+            return super().from_pretrained(os.fspath(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
-    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Read `model_index.json`; its entries for copied source files become the installed classes."""
-        loaded = super().load_config(*args, **kwargs)
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        return read_config(json_file)
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Read `model_index.json`; its entries for copied source files become the installed classes.
+
+        Every entry must name what this pipeline is made of, in a module that is there: nothing is imported for it.
+        """
+        loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
         index = loaded[0] if isinstance(loaded, tuple) else loaded
         package = sys.modules.get(__name__.rpartition(".")[0])
-        for name in ("_class_name", "scheduler", "unet"):
-            match index.get(name) if isinstance(index, dict) else index:
+        for name in KINDS:
+            match index.get(name):
                 case [str(), str(class_name)]:
                     if isinstance(installed := getattr(package, class_name, None), type):
                         index[name] = class_name if name == "_class_name" else [installed.__module__, class_name]
@@ -265,6 +293,22 @@ class MNISTDDPMPipeline(DiffusionPipeline):
                         f"{cls.config_name}: `{name}` must name a module and a class, got {entry!r}; is it a saved "
                         f"{cls.__name__}?"
                     )
+        required, optional = cls._get_signature_keys(cls)
+        if others := [name for name in index if not name.startswith("_") and name not in {*required, *optional}]:
+            raise ValueError(f"{cls.config_name}: `{others[0]:.80}` is no part of a {cls.__name__}")
+        for name, kind in KINDS.items():
+            if isinstance(index[name], str):
+                continue
+            module, class_name = index[name]
+            found = getattr(sys.modules.get(module), class_name, None)
+            # a source file in the component's folder is diffusers' business, which runs it where it is trusted
+            folder = Path(pretrained_model_name_or_path, "" if name == "_class_name" else name)
+            copied = module.isidentifier() and (folder / f"{module}.py").is_file()
+            if not copied and not (isinstance(found, type) and issubclass(found, kind)):
+                raise ValueError(
+                    f"{cls.config_name}: `{name}` must be a {kind.__name__} of diffusers, of this package or of a "
+                    f"module that you have imported, got {index[name]!r:.200}"
+                )
         return loaded
 
     @classmethod
@@ -275,10 +319,10 @@ class MNISTDDPMPipeline(DiffusionPipeline):
             for name in ("cache_dir", "force_download", "local_files_only", "token", "revision")
             if kwargs.get(name) is not None
         }
-        passed = [f"{name}/*" for name in ("unet", "scheduler") if name in kwargs]
-        allowed = [cls.config_name, "*/*.json", "*/*.safetensors"]
+        components = [name for name in ("unet", "scheduler") if name not in kwargs]
+        allowed = [cls.config_name, *(f"{name}/*.{kind}" for name in components for kind in ("json", "safetensors"))]
         try:
-            return snapshot_download(pretrained_model_name, allow_patterns=allowed, ignore_patterns=passed, **options)
+            return snapshot_download(pretrained_model_name, allow_patterns=allowed, **options)
         except Exception as error:  # whatever the network, the server and the client can do
             reason = error if isinstance(error, OSError) else type(error).__name__  # others may quote the token
             raise OSError(
@@ -317,10 +361,11 @@ class MNISTDDPMPipeline(DiffusionPipeline):
             max_shard_size: Split the weights into files of at most this size.
             push_to_hub: Whether to upload the pipeline to the Hub as well.
             repo_id: The repository to upload to, by default the folder's name.
-            kwargs: `private`, `token`, `commit_message` and `create_pr` of the upload.
+            kwargs: `private`, `token`, `commit_message` and `create_pr`, as for `publish`.
 
         Raises:
             ValueError: If `safe_serialization=False`: pickled weights would not be loaded again.
+            RuntimeError: If the upload fails; the message tells what to do.
         """
         if not safe_serialization:
             raise ValueError("`safe_serialization` must be True: pickled weights would not be loaded again")
@@ -329,7 +374,7 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         if not (folder / CARD_FILE).exists():
             (folder / CARD_FILE).write_text(CARD)
         if push_to_hub:
-            upload_pipeline(folder, repo_id or folder.resolve().name, **kwargs)
+            publish(folder, repo_id or folder.resolve().name, **kwargs)
 
     def push_to_hub(
         self, repo_id: str, safe_serialization: bool = True, variant: str | None = None, **kwargs: Any
@@ -337,17 +382,43 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         """Upload the pipeline to the Hub, as `save_pretrained` saves it.
 
         Args:
-            repo_id: The repository, `namespace/name`; it is created if it is not there.
+            repo_id: The repository, `name` or `namespace/name`; it is created if it is not there.
             safe_serialization: Must be True.
             variant: Part of the weights' file name, for instance `"fp16"`.
-            kwargs: `private`, `token`, `commit_message` and `create_pr` of the upload.
+            kwargs: `private`, `token`, `commit_message` and `create_pr`, as for `publish`.
 
         Returns:
             The address of the commit.
+
+        Raises:
+            RuntimeError: If the upload fails; the message tells where the pipeline is then, and what to do.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization, variant)
-            return upload_pipeline(folder, repo_id, **kwargs)
+        folder = tempfile.mkdtemp(prefix="pipeline-")
+        self.save_pretrained(folder, safe_serialization, variant)
+        address = publish(folder, repo_id, **kwargs)
+        shutil.rmtree(folder)  # not where publishing failed: its error says that the pipeline is safe there
+        return address
+
+
+def read_config(json_file: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a config file of at most 5 MB, in which no key stands twice; the same in each file that stands alone."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise ValueError(f"the key {key!r:.80} stands there more than once")
+        return content
+
+    try:
+        if os.path.getsize(json_file) > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has more than {MAX_CONFIG_BYTES} bytes")
+        config = json.loads(Path(json_file).read_text(encoding="utf-8"), object_pairs_hook=unique)
+        if not isinstance(config, dict):
+            raise ValueError("it holds no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise OSError(f"{json_file} is not a valid JSON file of a config: {error}") from None
+    return config
 
 
 def _set_timesteps(
@@ -388,17 +459,28 @@ def _step_kwargs(scheduler: Any, generator: Any, eta: float | None, noise_scale:
     """What `scheduler.step` is given besides the tensors: the options that it knows."""
     known = _parameters(scheduler.step)
     step_kwargs: dict[str, Any] = {"generator": generator} if "generator" in known else {}
-    for name, value, upper in (("eta", eta, 1.0), ("noise_scale", noise_scale, math.inf)):
+    for name, value, upper in (("eta", eta, 1.0), ("noise_scale", noise_scale, MAX_NOISE_SCALE)):
         if value is None:
             continue
         if name not in known:
             raise ValueError(
                 f"`{name}` is not for {type(scheduler).__name__}, whose step has no such thing: leave it out"
             )
-        if not isinstance(value, int | float) or not (0 <= value <= upper and math.isfinite(value)):
+        if not isinstance(value, int | float) or not 0 <= value <= upper:  # NaN compares false
             raise ValueError(f"`{name}` must be a finite number from 0 to {upper:g}, got {value!r}")
         step_kwargs[name] = value
     return step_kwargs
+
+
+def _check_latents(latents: Any, shape: tuple[int, int, int, int], source: str = "") -> torch.Tensor:
+    """Latents that fit a sample, or an error."""
+    given = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+    if given != shape or not latents.is_floating_point():
+        raise ValueError(
+            f"`latents`{source} must be a floating point tensor of shape {shape} (`batch_size`, then the U-Net's "
+            f"channels and size), got {given}"
+        )
+    return latents
 
 
 def _callback_tensors(scheduler: Any, output: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -469,9 +551,17 @@ unet = MNISTUNet2DModel.from_pretrained("namespace/name", subfolder="unet")
 scheduler = MNISTDDPMScheduler.from_pretrained("namespace/name", subfolder="scheduler")
 ```
 """
+REMEDIES = {  # by the status of the response; None where there is none
+    None: "the Hub could not be reached or broke off: check the network and try again",
+    401: "the token is missing, wrong or expired: create one that may write at https://huggingface.co/settings/tokens",
+    403: "the token may not write there: use a token with write access to that namespace, or another repository name",
+    404: "no such repository or namespace: check the name, and that the token may see it",
+    409: "the Hub reports a conflict with another change: try again, or use another repository name",
+    500: "the Hub is in trouble: try again later",
+}
 
 
-def upload_pipeline(
+def publish(
     folder: str | os.PathLike[str],
     repo_id: str,
     *,
@@ -483,36 +573,71 @@ def upload_pipeline(
     """Upload a saved pipeline to the Hub: what belongs to it, and nothing else that its folder holds.
 
     Args:
-        folder: What `MNISTDDPMPipeline.save_pretrained` wrote. Its card is told the repository's name.
-        repo_id: The repository, `namespace/name`; it is created if it is not there. A card that is there is replaced
-            only by one that says more than how to load the pipeline.
+        folder: What `MNISTDDPMPipeline.save_pretrained` wrote.
+        repo_id: The repository, `name` or `namespace/name`; it is created if it is not there. A card that is there
+            is replaced only by one that says more than how to load the pipeline.
         token: A Hub token that may write; None means the stored one.
-        private: Whether the repository is private, if it is created.
+        private: Whether the repository is private, if it is created; None means as its namespace has it.
         commit_message: The title of the commit.
         create_pr: Whether to open a pull request instead of changing the main branch.
 
     Returns:
         The address of the commit.
+
+    Raises:
+        ValueError: If `folder` holds no saved pipeline.
+        RuntimeError: If the upload fails; the message gives the remedy, and the command that pushes the folder again.
     """
-    folder = Path(folder)
-    index = json.loads((folder / MNISTDDPMPipeline.config_name).read_text())
-    card = (folder / CARD_FILE).read_text()
-    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    names = [MNISTDDPMPipeline.config_name, Path(__file__).name, PICTURE_FILE]
-    if card != CARD or not file_exists(repo_id, CARD_FILE, token=token):
-        names.append(CARD_FILE)
-        (folder / CARD_FILE).write_text(card.replace(CARD_REPO_ID, repo_id))
-    components = [name for name, entry in index.items() if isinstance(entry, list) and not name.startswith("_")]
-    names += [f"{name}/{pattern}" for name in components for pattern in ("*.json", "*.py", "*.safetensors")]
-    commit = upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        token=token,
-        commit_message=commit_message or "Upload MNISTDDPMPipeline",
-        create_pr=create_pr,
-        allow_patterns=names,
-    )
+    folder = Path(folder).resolve()
+    if not (folder / MNISTDDPMPipeline.config_name).is_file():
+        raise ValueError(f"`folder` must hold what `save_pretrained` writes, but {folder} has no model_index.json")
+    command = [sys.executable, "-m", "mnist_ddpm.hub", str(folder), repo_id]
+    if __name__ != "mnist_ddpm.pipeline":  # a copy, used where the package may be missing
+        command = ["hf", "upload", repo_id, str(folder), "."]
+    command += ["--private"] * bool(private) + ["--create-pr"] * create_pr
+    token_first = " (set HF_TOKEN first)" if token else ""
+    advice = f"The pipeline is safe in {folder}; push it again{token_first} with: {shlex.join(command)}"
+    with pushing_to(repo_id, token, advice):
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        card = (folder / CARD_FILE).read_text() if (folder / CARD_FILE).exists() else CARD
+        names = [MNISTDDPMPipeline.config_name, Path(__file__).name, PICTURE_FILE]
+        names += [f"{name}/*.{kind}" for name in ("scheduler", "unet") for kind in ("json", "py", "safetensors")]
+        files = [file for name in names for file in sorted(folder.glob(name))]
+        operations = [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files]
+        if card != CARD or not file_exists(repo_id, CARD_FILE, token=token):
+            operations.append(CommitOperationAdd(CARD_FILE, card.replace(CARD_REPO_ID, repo_id).encode()))
+        commit = create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message or "Upload MNISTDDPMPipeline",
+            token=token,
+            create_pr=create_pr,
+        )
     return commit.commit_url
+
+
+@contextmanager
+def pushing_to(repo_id: str, token: str | None, advice: str = "") -> Iterator[None]:
+    """Make of whatever goes wrong with a push one error: the repository, the reason, the remedy, and never the token.
+
+    Raises:
+        RuntimeError: Instead of what was raised, or if there is no usable token; it ends with the advice.
+    """
+    try:
+        token = token or get_token()
+        if token is None:
+            raise ValueError("no Hub token: set HF_TOKEN or log in with `hf auth login`")
+        if not re.fullmatch(r"[!-~]+", token):  # the HTTP client's own error would print it
+            raise ValueError("the token must be printable ASCII without spaces or line breaks: copy it again")
+        yield
+    except Exception as error:  # whatever the network, the server and the client can do
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        remedy = REMEDIES.get(status and min(status, 500), "the Hub refused: check the name")
+        first, *_ = str(error).strip().splitlines() or [""]
+        details = f"{type(error).__name__}: {first} {getattr(error, 'server_message', None) or ''}".strip()
+        reason = str(error) if isinstance(error, ValueError) else f"{remedy} ({details})"
+        # `from None`: the traceback of the HTTP client may show the request's headers, the token among them
+        raise RuntimeError(f"cannot push to the repository {repo_id!r}: {reason}\n{advice}".strip()) from None
 
 
 def _forget_path(config_file: Path) -> dict[str, Any]:

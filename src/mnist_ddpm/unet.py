@@ -4,22 +4,26 @@ Data takes this way through it, at the default size::
 
     sample (B, 1, 28, 28)  --space to depth-->  (B, 4, 14, 14)  --conv_in-->  (B, 64, 14, 14)
     down   level 0  (B,  64, 14, 14)  residual blocks, each output kept as a skip
-           level 1  (B, 128,  7,  7)  residual blocks with attention, each output kept as a skip
+           level 1  (B, 128,  7,  7)  residual blocks, each output kept as a skip
     mid             (B, 128,  7,  7)  residual block, attention, residual block
     up     level 1, then level 0      join a skip, residual block (mirror of down)
     conv_out  (B, 4, 14, 14)  --depth to space-->  (B, 1, 28, 28), plus gain(t) * sample
 
-Two things differ from the network of DDPM (Ho et al., arXiv 2006.11239, appendix B). Patches of `patch_size` pixels a
-side become channels first, so that no convolution runs at full resolution. And the sample itself is added to the
-output with a gain that depends on the timestep: at high noise the noise is nearly the sample, and the blocks need not
-carry it (the skip connection that EDM, arXiv 2206.00364, section 5, sets by formula, is learned here).
+Three things differ from the network of DDPM (Ho et al., arXiv 2006.11239, appendix B). Patches of `patch_size` pixels
+a side become channels first, so that no convolution runs at full resolution. Attention is in the middle only, unless
+`down_block_types` asks for more. And the sample itself is added to the output with a gain that depends on the
+timestep: at high noise the noise is nearly the sample, and the blocks need not carry it (the skip connection that EDM,
+arXiv 2206.00364, section 5, sets by formula, is learned here).
 """
 
+import json
 import math
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -29,9 +33,14 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.utils import BaseOutput
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 DOWN_BLOCK_TYPES = ("DownBlock2D", "AttnDownBlock2D")
+# What a config may ask for, checked before anything is allocated. DDPM's largest U-Net has 256 million weights.
+MAX_WEIGHTS, MAX_SAMPLE_SIZE, MAX_LAYERS_PER_BLOCK = 10**9, 4096, 64
+ONE_VALUE_EACH = "the groups of the coarsest level have one value each, of which a norm leaves nothing"
+MAX_CONFIG_BYTES = 5_000_000
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
@@ -157,7 +166,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
     Args:
         sample_size: height and width in pixels, one number or a pair, each a multiple of
-            `patch_size * 2 ** (len(block_out_channels) - 1)`. The model runs at any other such size too.
+            `patch_size * 2 ** (len(block_out_channels) - 1)`, up to 4096. The model runs at any other such size too.
         in_channels: channels of the sample.
         out_channels: channels of the prediction; twice `in_channels` for schedulers with a learned variance.
         patch_size: side in pixels of the squares that become one position each, with `patch_size**2` times the
@@ -165,15 +174,17 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         block_out_channels: channels of each level; each level halves the resolution of the one before.
         down_block_types: for each level `"DownBlock2D"`, or `"AttnDownBlock2D"` for one with attention. The way up
             is the mirror of the way down.
-        layers_per_block: residual blocks of a level on the way down, and again on the way up.
+        layers_per_block: residual blocks of a level on the way down, and again on the way up; at most 64.
         attention_head_dim: channels of one attention head; divides the channels of each level with attention, and of
             the last.
         dropout: probability, in [0, 1), within the residual blocks.
-        norm_num_groups: groups of the group norms; divides each of `block_out_channels`.
-        norm_eps: epsilon of the group norms.
+        norm_num_groups: groups of the group norms; divides each of `block_out_channels`. A group needs more than one
+            value to norm: fewer groups than channels where the coarsest level is a single position.
+        norm_eps: epsilon of the group norms, above 0 and at most 1.
 
     Raises:
-        ValueError: a value outside of what is said above; the message names the argument and what is allowed.
+        ValueError: a value outside of what is said above, or sizes that make more than 10**9 weights, of which nothing
+            is allocated; the message names the argument and what is allowed.
 
     Example:
         >>> unet = MNISTUNet2DModel(sample_size=8, block_out_channels=(8, 16), attention_head_dim=8)
@@ -199,20 +210,21 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         out_channels: int = 1,
         patch_size: int = 2,
         block_out_channels: tuple[int, ...] = (64, 128),
-        down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D"),
-        layers_per_block: int = 2,
-        attention_head_dim: int = 64,
+        down_block_types: tuple[str, ...] = ("DownBlock2D", "DownBlock2D"),
+        layers_per_block: int = 1,
+        attention_head_dim: int = 128,
         dropout: float = 0.0,
         norm_num_groups: int = 8,
         norm_eps: float = 1e-5,
     ):
         super().__init__()
         # JSON knows no tuples
-        self.register_to_config(
-            sample_size=sample_size if isinstance(sample_size, int) else tuple(sample_size),
-            block_out_channels=tuple(block_out_channels),
-            down_block_types=tuple(down_block_types),
-        )
+        pairs_and_levels = {
+            "sample_size": sample_size,
+            "block_out_channels": block_out_channels,
+            "down_block_types": down_block_types,
+        }
+        self.register_to_config(**{k: tuple(v) if isinstance(v, list) else v for k, v in pairs_and_levels.items()})
         _check_config(self.config)
         self.gradient_checkpointing = False
 
@@ -250,6 +262,19 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         self.sample_gain = zero_init(nn.Linear(time_embed_dim, out_channels * in_channels))
 
     @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        return read_config(json_file)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read the config of a U-Net of this class; of another model's, the keys that are alike mean other things."""
+        class_name = config_dict.get("_class_name", cls.__name__)
+        if class_name not in [base.__name__ for base in cls.__mro__]:
+            raise ValueError(f"_class_name of the config must be {cls.__name__}, but it is {class_name!r:.80}.")
+        config = {key: value for key, value in config_dict.items() if key != "_use_default_values"}  # the same here
+        return super().extract_init_dict(config, **kwargs)
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load a saved U-Net from a folder or the Hub: from safetensors only, and all of its weights.
 
@@ -261,20 +286,26 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             The U-Net, in evaluation mode; with `output_loading_info=True` a pair, the second being diffusers' report.
 
         Raises:
-            ValueError: `use_safetensors=False` (unpickling may run code), or weights that are missing from the file,
-                which diffusers would leave random.
+            ValueError: `use_safetensors=False` (unpickling may run code), a token that no HTTP header can carry, or
+                weights that are missing from the file, which diffusers would leave random, that the U-Net of the
+                config does not have, or (in a folder) that are no floating point numbers.
             OSError: there is no such model, or none in safetensors.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors must be True: pickled weights may run code when they are loaded.")
+        token = str(kwargs.get("token"))
+        if not (token.isascii() and token.isprintable()):  # the HTTP client's error would print it
+            raise ValueError("token must be printable ASCII without line breaks: copy it again.")
+        _check_weight_types(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         report_wanted = kwargs.pop("output_loading_info", False)
         kwargs |= {"use_safetensors": True, "output_loading_info": True}
         unet, report = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if missing := report["missing_keys"]:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} of the U-Net's weights ({sorted(missing)[0]!r} "
-                "first): it is damaged, or its config is of another model."
-            )
+        for key, fault in {"missing_keys": "lacks weights", "unexpected_keys": "has weights too many"}.items():
+            if names := report[key]:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} {fault}: {len(names)}, {min(names)!r} first. It is damaged, or "
+                    "its config is of another model."
+                )
         return (unet, report) if report_wanted else unet
 
     def forward(
@@ -336,9 +367,16 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     def _check_sample(self, sample: torch.Tensor) -> None:
         """Raise unless `sample` is `(B, in_channels, H, W)` with sizes that the levels can halve."""
         multiple = _size_multiple(self.config)
+        if not isinstance(sample, torch.Tensor) or not sample.is_floating_point():
+            got = sample.dtype if isinstance(sample, torch.Tensor) else type(sample).__name__
+            raise TypeError(f"sample must be a floating point tensor, but it is {got}.")
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"sample must have shape (B, {self.config.in_channels}, H, W), but it has {tuple(sample.shape)}."
+            )
+        if not _can_normalize(self.config, sample.shape[2:]):
+            raise ValueError(
+                f"sample is too small for norm_num_groups: {ONE_VALUE_EACH}, and it has {tuple(sample.shape)}."
             )
         if sample.shape[2] % multiple or sample.shape[3] % multiple:
             raise ValueError(
@@ -349,6 +387,8 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     @staticmethod
     def _timesteps(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
         """One float32 timestep per image, `(B,)`."""
+        if not isinstance(timestep, torch.Tensor) and not _is_real(timestep):
+            raise TypeError(f"timestep must be a finite number, or a tensor of numbers, but it is {timestep!r:.80}.")
         t = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device)
         if t.ndim > 1 or t.numel() not in (1, sample.shape[0]):
             raise ValueError(
@@ -356,6 +396,39 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
                 f"{tuple(t.shape)}."
             )
         return t.expand(sample.shape[0])
+
+
+def _check_weight_types(folder: Path) -> None:
+    """Raise a ValueError if a weights file of a folder holds integers; what can't be read is left to the loader."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError):
+            continue
+        if integers := {name: dtype for name, dtype in types.items() if not dtype.startswith(("F", "BF"))}:
+            raise ValueError(f"{path} must hold floating point weights, but it has {integers}: it is damaged.")
+
+
+def read_config(json_file: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a config file of at most 5 MB, in which no key stands twice; the same in each file that stands alone."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise ValueError(f"the key {key!r:.80} stands there more than once")
+        return content
+
+    try:
+        if os.path.getsize(json_file) > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has more than {MAX_CONFIG_BYTES} bytes")
+        config = json.loads(Path(json_file).read_text(encoding="utf-8"), object_pairs_hook=unique)
+        if not isinstance(config, dict):
+            raise ValueError("it holds no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise OSError(f"{json_file} is not a valid JSON file of a config: {error}") from None
+    return config
 
 
 def _size_multiple(config: Any) -> int:
@@ -368,21 +441,24 @@ def _check_config(config: Any) -> None:
 
     def require(condition: bool, name: str, allowed: str) -> None:
         if not condition:
-            raise ValueError(f"{name} must be {allowed}, but it is {config[name]!r}.")
+            raise ValueError(f"{name} must be {allowed}, but it is {config[name]!r:.80}.")
 
     def positive(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
     for name in ("in_channels", "out_channels", "patch_size", "layers_per_block", "attention_head_dim"):
         require(positive(config[name]), name, "a positive integer")
+    require(config.layers_per_block <= MAX_LAYERS_PER_BLOCK, "layers_per_block", f"at most {MAX_LAYERS_PER_BLOCK}")
     channels = config.block_out_channels
     require(
-        len(channels) > 0 and all(map(positive, channels)), "block_out_channels", "positive integers, one per level"
+        isinstance(channels, tuple) and len(channels) > 0 and all(map(positive, channels)),
+        "block_out_channels",
+        "positive integers, one per level",
     )
     require(channels[0] % 2 == 0, "block_out_channels", "even at the first level (its sinusoids come in pairs)")
     kinds = config.down_block_types
     require(
-        len(kinds) == len(channels) and set(kinds) <= set(DOWN_BLOCK_TYPES),
+        isinstance(kinds, tuple) and len(kinds) == len(channels) and all(kind in DOWN_BLOCK_TYPES for kind in kinds),
         "down_block_types",
         f"{len(channels)} of {DOWN_BLOCK_TYPES}, one for each of block_out_channels",
     )
@@ -397,12 +473,54 @@ def _check_config(config: Any) -> None:
         "norm_num_groups",
         f"a positive divisor of each of block_out_channels, {channels}",
     )
-    require(0.0 <= config.dropout < 1.0, "dropout", "a probability in [0, 1)")
-    require(config.norm_eps > 0.0, "norm_eps", "positive")
+    require(_is_real(config.dropout) and 0.0 <= config.dropout < 1.0, "dropout", "a probability in [0, 1)")
+    require(_is_real(config.norm_eps) and 0.0 < config.norm_eps <= 1.0, "norm_eps", "positive, and at most 1")
+    levels = MAX_SAMPLE_SIZE.bit_length()
+    require(len(channels) <= levels, "block_out_channels", f"at most {levels} levels")
     sizes = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
     multiple = _size_multiple(config)
     require(
-        len(sizes) == 2 and all(positive(size) and size % multiple == 0 for size in sizes),
+        isinstance(sizes, tuple)
+        and len(sizes) == 2
+        and all(positive(size) and size % multiple == 0 and size <= MAX_SAMPLE_SIZE for size in sizes),
         "sample_size",
-        f"a positive multiple of {multiple} (patch_size * 2 ** (levels - 1)), or a pair of such",
+        f"a positive multiple of {multiple} (patch_size * 2 ** (levels - 1)), at most {MAX_SAMPLE_SIZE}, or a pair",
     )
+    require(_can_normalize(config, sizes), "norm_num_groups", f"smaller, as else {ONE_VALUE_EACH}")
+    if (weights := _num_weights(config)) > MAX_WEIGHTS:
+        raise ValueError(
+            f"block_out_channels, layers_per_block, in_channels and out_channels must make at most {MAX_WEIGHTS:.0e} "
+            f"weights, but they make {weights:.1e}: {channels}, {config.layers_per_block}, {config.in_channels} and "
+            f"{config.out_channels}."
+        )
+
+
+def _can_normalize(config: Any, sizes: Sequence[int]) -> bool:
+    """Whether the groups of the coarsest level have more than one value each, which alone would always become 0."""
+    one_position = all(size == _size_multiple(config) for size in sizes)
+    return not (one_position and config.block_out_channels[-1] == config.norm_num_groups)
+
+
+def _num_weights(config: Any) -> int:
+    """The weights that a U-Net of this config has, without biases and norms."""
+    channels, time_embed_dim = config.block_out_channels, 4 * config.block_out_channels[0]
+
+    def stage(c: int, attention: bool) -> int:
+        return 2 * 9 * c**2 + 2 * c * time_embed_dim + 4 * c**2 * attention
+
+    levels = zip(channels, config.down_block_types, strict=True)
+    blocks = sum(2 * stage(c, kind == "AttnDownBlock2D") + 2 * c**2 for c, kind in levels)
+    return (
+        config.layers_per_block * blocks
+        + sum(2 * 9 * fine * coarse for fine, coarse in pairwise(channels))
+        + stage(channels[-1], True)
+        + stage(channels[-1], False)
+        + time_embed_dim * (channels[0] + time_embed_dim)
+        + 9 * channels[0] * config.patch_size**2 * (config.in_channels + config.out_channels)
+        + time_embed_dim * config.in_channels * config.out_channels
+    )
+
+
+def _is_real(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
