@@ -140,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
         hub.requests[endpoint] += 1
         fault = hub.faults.get(endpoint)
         if fault == "slow":
-            threading.Event().wait(0.5)
+            threading.Event().wait(0.2)
         elif fault in ("drop", "cut"):
             if fault == "cut":
                 self.rfile.read(self.length() // 2)

@@ -1,8 +1,10 @@
 import ast
+import contextlib
 import io
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -12,20 +14,22 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import train
+from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.utils import _http
 from loopback_hub import READER, USER, WRITER
 from PIL import Image
 
 import mnist_ddpm
 from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
-from mnist_ddpm.hub import check_repository, main, publish, write_card
+from mnist_ddpm.hub import add_scores, check_repository, main, publish, publish_checkpoint, write_card
 from mnist_ddpm.images import image_grid
+from mnist_ddpm.metrics import ClassifierFeatures
 
 REPO = f"{USER}/mnist-ddpm"
 SOURCES = {"pipeline.py", "scheduler/schedulers.py", "unet/unet.py"}
-EXAMPLES = Path(__file__).parent.parent / "examples"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LAYOUT = SOURCES | {"README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", WEIGHTS}
 
@@ -60,13 +64,15 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def python(code, *arguments, **environment):
-    """Run code in a new process; returns what it prints."""
-    run = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env={**os.environ, **environment}
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+def new_process(code, *arguments, **environment):
+    """Start Python on some code."""
+    words = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+
+
+def assert_success(process):
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
 
 
 # What is published
@@ -118,20 +124,33 @@ def test_own_unets_are_saved_as_diffusers_does(tmp_path, pipe):
     assert json.loads((tmp_path / "model_index.json").read_text())["unet"] == [__name__, "OwnUNet"]
 
 
-def test_every_way_of_pushing_uploads_the_same(hub, tmp_path, pipe):
+def test_every_way_of_publishing_writes_the_same(hub, tmp_path, monkeypatch, pipe):
     folder = tmp_path / "trained"
-    for extra in ("checkpoint-5/optimizer.bin", "checkpoint-5/unet/model.safetensors", "logs/events", "loss.jsonl"):
+    for extra in ("checkpoint-5/optimizer.bin", "checkpoint-5/model.safetensors", "logs/events", "train_log.jsonl"):
         (folder / extra).parent.mkdir(parents=True, exist_ok=True)
         (folder / extra).write_text("not to be published")
-    pipe.save_pretrained(folder, push_to_hub=True, repo_id="by-save", token=WRITER)
-    pipe.save_pretrained(str(tmp_path / "by-name"), push_to_hub=True, token=WRITER)
-    pipe.push_to_hub(f"{USER}/by-push", token=WRITER)
-    publish(folder, "by-publish", token=WRITER)
-    for repo in ("by-save", "by-name", "by-push", "by-publish"):
+    pipe.save_pretrained(folder)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    pipe.save_pretrained(folder, push_to_hub=True, repo_id="by-path")
+    pipe.save_pretrained(str(folder), push_to_hub=True, repo_id="by-text")
+    pipe.save_pretrained(tmp_path / "by-name", push_to_hub=True)
+    pipe.push_to_hub("by-push")
+    publish(folder, f"{USER}/by-publish")
+    main([str(folder), "by-command"])
+    for repo in ("by-path", "by-text", "by-name", "by-push", "by-publish", "by-command"):
         published = hub.files(f"{USER}/{repo}")
         assert set(published) - {".gitattributes"} == LAYOUT
+        assert not [name for name in published if str(tmp_path).encode() in published[name]]
         for name in LAYOUT - {"README.md"}:
             assert published[name] == (folder / name).read_bytes()
+        card = (folder / "README.md").read_text().replace("namespace/name", f"{USER}/{repo}")
+        assert published["README.md"].decode() == card
+
+
+def test_weights_in_several_files_are_published(hub, tmp_path, pipe):
+    pipe.save_pretrained(tmp_path, max_shard_size="50KB", push_to_hub=True, repo_id=REPO, token=WRITER)
+    assert len([name for name in hub.files(REPO) if name.endswith(".safetensors")]) > 1
+    same_images(MNISTDDPMPipeline.from_pretrained(REPO), pipe)
 
 
 def test_card_has_valid_metadata_and_the_repository_in_its_code(hub, pipe):
@@ -144,42 +163,51 @@ def test_card_has_valid_metadata_and_the_repository_in_its_code(hub, pipe):
     assert "namespace/name" not in card.text
 
 
-def test_card_tells_of_training_and_scores_and_neither_tokens_nor_folders(hub, tmp_path, pipe):
+def test_card_tells_of_the_training_and_neither_of_tokens_nor_of_folders(hub, tmp_path, pipe):
+    secret = "hf_" + "x" * 34
     pipe.save_pretrained(tmp_path)
     (tmp_path / "samples.png").write_bytes(b"picture")
-    write_card(
-        tmp_path,
-        dataset="ylecun/mnist",
-        command=[
-            "accelerate",
-            "launch",
-            "/home/me/train.py",
-            "--hub_token",
-            WRITER,
-            "--seed",
-            "0",
-            f"--token={WRITER}",
-        ],
-        parameters={"learning_rate": 1e-3, "output_dir": "/home/me/trained", "hub_token": WRITER},
-        scores={"fid": 1.25, "precision": 0.875},
-    )
+    command = ["accelerate", "launch", "/home/me/train.py", "--hub_token", WRITER, "--seed", "0", f"--token={WRITER}"]
+    command += [secret, "--output_dir=/home/me/trained", "--cache_dir", "/home/me/cache"]
+    parameters = {"learning_rate": 1e-3, "output_dir": "/home/me/trained", "hub_token": WRITER, "note": f"({secret})"}
+    write_card(tmp_path, dataset="ylecun/mnist", command=command, parameters=parameters)
     publish(tmp_path, REPO, token=WRITER)
     assert set(hub.files(REPO)) == LAYOUT | {"samples.png", ".gitattributes"}
     text = hub.files(REPO)["README.md"].decode()
     assert WRITER not in text
+    assert secret not in text
     assert "/home/me" not in text
-    assert "accelerate launch train.py --seed 0\n" in text
+    assert "accelerate launch train.py --seed 0 hf_... --output_dir=trained --cache_dir cache\n" in text
     assert "| learning_rate | 0.001 |" in text
     assert "| output_dir | trained |" in text
     assert "![Samples](samples.png)" in text
-    assert "| fid | 1.25 |" in text
+    assert ModelCard(text).data.datasets == ["ylecun/mnist"]
+
+
+def test_scores_get_into_the_card_and_into_the_model_index(hub, tmp_path, monkeypatch, pipe):
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    folder, scores = tmp_path / "trained", tmp_path / "scores.json"
+    pipe.save_pretrained(folder)
+    write_card(folder, dataset="ylecun/mnist", command=["accelerate", "launch", "train.py"])
+    add_scores(folder, {"fid": 9.0, "outdated": 1})
+    result = {"scores": {"fid": 1.25, "precision": 0.875, "class_shares": [0.1] * 10}, "command": "python /x/score.py"}
+    scores.write_text(json.dumps(result))
+    main([str(folder), REPO, "--scores", str(scores)])
+    text = hub.files(REPO)["README.md"].decode()
+    assert "accelerate launch train.py\n" in text
+    assert "| fid | 1.25 |\n| precision | 0.875 |\n\n```bash\npython score.py\n```" in text
+    assert text.count("## Evaluation") == 1
+    assert "outdated" not in text
     data = ModelCard(text).data
-    assert data.datasets == ["ylecun/mnist"]
     assert data.model_name == REPO
-    assert {result.metric_type: result.metric_value for result in data.eval_results} == {
-        "fid": 1.25,
-        "precision": 0.875,
-    }
+    measured = [(r.dataset_type, r.metric_type, r.metric_value) for r in data.eval_results]
+    assert measured == [("ylecun/mnist", "fid", 1.25), ("ylecun/mnist", "precision", 0.875)]
+
+    scores.write_text("{}")
+    with pytest.raises(SystemExit, match=r"error: --scores: .*scores.json has no `scores`"):
+        main([str(folder), REPO, "--scores", str(scores)])
+    with pytest.raises(SystemExit, match=r"error: .*No such file.*missing.json"):
+        main([str(folder), REPO, "--scores", "missing.json"])
 
 
 def test_a_card_on_the_hub_stays_unless_the_folder_has_one_of_its_own(hub, tmp_path, pipe):
@@ -215,21 +243,27 @@ def test_components_can_be_replaced_on_loading(hub, pipe):
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
     )
-    loaded = MNISTDDPMPipeline.from_pretrained(REPO, unet=unet, scheduler=DDIMScheduler())
-    assert loaded.unet is unet
-    assert isinstance(loaded.scheduler, DDIMScheduler)
-    assert loaded(num_inference_steps=2).images[0].size == (8, 8)
+    for scheduler in (DDIMScheduler(), MNISTDDIMScheduler()):
+        loaded = MNISTDDPMPipeline.from_pretrained(REPO, unet=unet, scheduler=scheduler)
+        assert loaded.unet is unet
+        assert loaded.scheduler is scheduler
+        assert loaded(num_inference_steps=2).images[0].size == (8, 8)
+    assert MNISTDDPMPipeline.from_pretrained(REPO, unet=pipe.unet).unet is pipe.unet
 
 
-def test_dtype_variant_and_device_map(hub, pipe):
+@pytest.mark.parametrize("trust", [{}, {"trust_remote_code": True}], ids=["plugin", "remote code"])
+def test_dtype_variant_and_device_map(hub, pipe, trust):
+    load = (DiffusionPipeline if trust else MNISTDDPMPipeline).from_pretrained
     pipe.push_to_hub(REPO, token=WRITER)
     pipe.unet.half()
     pipe.push_to_hub(REPO, token=WRITER, variant="fp16")
     half = "unet/diffusion_pytorch_model.fp16.safetensors"
     assert {WEIGHTS, half} < set(hub.files(REPO))
-    assert MNISTDDPMPipeline.from_pretrained(REPO).unet.dtype is torch.float32
-    assert MNISTDDPMPipeline.from_pretrained(REPO, dtype=torch.bfloat16).unet.dtype is torch.bfloat16
-    loaded = MNISTDDPMPipeline.from_pretrained(REPO, variant="fp16", dtype=torch.float16, device_map="cpu")
+    assert load(REPO, **trust).unet.dtype is torch.float32
+    assert load(REPO, dtype=torch.bfloat16, **trust).unet.dtype is torch.bfloat16
+    with pytest.warns(FutureWarning, match="torch_dtype"):
+        assert load(REPO, torch_dtype=torch.bfloat16, **trust).unet.dtype is torch.bfloat16
+    loaded = load(REPO, variant="fp16", dtype=torch.float16, device_map="cpu", **trust)
     assert loaded.unet.dtype is torch.float16
     assert loaded.hf_device_map == "cpu"
 
@@ -243,22 +277,44 @@ def test_components_load_by_themselves(hub, pipe):
         torch.testing.assert_close(loaded.betas, pipe.scheduler.betas, atol=0, rtol=0)
 
 
+def python_blocks(card):
+    """The Python code of a card, with fewer steps."""
+    blocks = re.findall(r"```python\n(.*?)```", card.decode(), flags=re.DOTALL)
+    return [block.replace("num_inference_steps=50", "num_inference_steps=2") for block in blocks]
+
+
 def test_code_of_the_card_runs(hub, pipe):
     pipe.push_to_hub(REPO, token=WRITER)
-    blocks = re.findall(r"```python\n(.*?)```", hub.files(REPO)["README.md"].decode(), flags=re.DOTALL)
+    blocks = python_blocks(hub.files(REPO)["README.md"])
     assert len(blocks) == 3
     for block in blocks:
         results = {}
-        exec(block.replace("num_inference_steps=50", "num_inference_steps=2"), results)
+        exec(block, results)
         assert len(results["images"]) == 16 if "images" in results else results["unet"].num_parameters() > 0
 
 
-def test_loads_from_the_cache_without_a_network(hub, pipe):
+def test_loads_from_the_cache_without_a_network(hub, no_waits, pipe):
     pipe.push_to_hub(REPO, token=WRITER)
-    MNISTDDPMPipeline.from_pretrained(REPO)
+    loads = [
+        lambda **options: MNISTDDPMPipeline.from_pretrained(REPO, **options).unet,
+        lambda **options: (
+            DiffusionPipeline.from_pretrained(
+                snapshot_download(REPO, **options),
+                trust_remote_code=True,  # for the id, diffusers asks the Hub each time
+            ).unet
+        ),
+        lambda **options: MNISTUNet2DModel.from_pretrained(REPO, subfolder="unet", **options),
+        lambda **options: MNISTDDPMScheduler.from_pretrained(REPO, subfolder="scheduler", **options),
+        lambda **options: MNISTDDIMScheduler.from_pretrained(REPO, subfolder="scheduler", **options),
+    ]
+    online = [load(force_download=True) for load in loads]
     with hub.refusing_connections():
-        same_images(MNISTDDPMPipeline.from_pretrained(REPO), pipe)
-        same_images(MNISTDDPMPipeline.from_pretrained(REPO, local_files_only=True), pipe)
+        for load, expected in zip(loads, online, strict=True):
+            for loaded in (load(), load(local_files_only=True)):
+                for name in set(expected.config) - {"_name_or_path"}:
+                    assert loaded.config[name] == expected.config[name]
+                if isinstance(loaded, torch.nn.Module):
+                    torch.testing.assert_close(dict(loaded.state_dict()), dict(pipe.unet.state_dict()), atol=0, rtol=0)
 
 
 def test_loads_from_a_revision(hub, pipe):
@@ -281,8 +337,13 @@ def test_private_repositories_need_a_token(hub, pipe):
     same_images(MNISTDDPMPipeline.from_pretrained(REPO, token=READER, force_download=True), pipe)
     other = f"{USER}/secret"
     pipe.push_to_hub(other, token=WRITER, private=True)
-    with pytest.raises(OSError, match=other):
-        MNISTDDPMPipeline.from_pretrained(other)
+    for options in ({}, {"token": "hf_wrongToken"}):
+        with pytest.raises(OSError, match=f"cannot load '{other}' from the Hub: check the name, the token") as error:
+            MNISTDDPMPipeline.from_pretrained(other, **options)
+        assert "hf_wrongToken" not in str(error.value)
+    same_images(MNISTDDPMPipeline.from_pretrained(other, token=READER), pipe)
+    MNISTUNet2DModel.from_pretrained(other, subfolder="unet", token=READER, force_download=True)
+    MNISTDDPMScheduler.from_pretrained(other, subfolder="scheduler", token=READER, force_download=True)
 
 
 def test_repository_saved_by_an_earlier_version_gives_the_images_that_it_gave(hub):
@@ -305,6 +366,8 @@ def test_remote_code_runs_only_where_it_is_trusted(hub, tmp_path, pipe):
     evil = {name: f"open({str(trace)!r}, 'w')".encode() for name in SOURCES}
     hub.repos["models", REPO].commit(hub.files(REPO) | evil)
     MNISTDDPMPipeline.from_pretrained(REPO)
+    MNISTUNet2DModel.from_pretrained(REPO, subfolder="unet")
+    MNISTDDPMScheduler.from_pretrained(REPO, subfolder="scheduler")
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained(REPO)
     local = tmp_path / "local"
@@ -312,38 +375,117 @@ def test_remote_code_runs_only_where_it_is_trusted(hub, tmp_path, pipe):
     for name, code in evil.items():
         (local / name).write_bytes(code)
     MNISTDDPMPipeline.from_pretrained(local)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(local)
+    assert not trace.exists()
+    with contextlib.suppress(AttributeError):  # the evil code defines no pipeline
+        DiffusionPipeline.from_pretrained(local, trust_remote_code=True)
+    assert trace.exists()
+
+
+class Trap:
+    """A pickle of this writes a file when it is loaded."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return open, (str(self.trace), "w")
+
+
+def with_pickles(pipe, folder, trace, **options):
+    """Save a pipeline whose weights are pickles that are traps."""
+    pipe.save_pretrained(folder)
+    (folder / WEIGHTS).unlink()
+    pipe.unet.save_pretrained(folder / "unet", safe_serialization=False, **options)
+    pickles = list((folder / "unet").glob("*.bin"))
+    assert pickles
+    for path in pickles:
+        torch.save(Trap(trace), path)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "50KB"}, {"variant": "fp16"}], ids=str)
+def test_pickled_weights_are_refused_on_every_way_in(hub, tmp_path, pipe, options):
+    folder, trace = tmp_path / "pickled", tmp_path / "trace"
+    with_pickles(pipe, folder, trace, **options)
+    hub.add(REPO, files={name: (folder / name).read_bytes() for name in files(folder)})
+    variant = {name: value for name, value in options.items() if name == "variant"}
+    for place in (REPO, folder):
+        for load, more in (
+            (MNISTDDPMPipeline.from_pretrained, {}),
+            (MNISTUNet2DModel.from_pretrained, {"subfolder": "unet"}),
+            (DiffusionPipeline.from_pretrained, {"trust_remote_code": True}),
+        ):
+            with pytest.raises((OSError, ValueError), match=r"safetensors|no such modeling files"):
+                load(place, **variant, **more)
+            with pytest.raises(
+                (OSError, ValueError), match=r"`?use_safetensors`? must be True|no such modeling files"
+            ):
+                load(place, use_safetensors=False, **variant, **more)
+    assert not trace.exists()
+    torch.load(next((folder / "unet").glob("*.bin")), weights_only=False)
+    assert trace.exists()
+
+
+def test_pickles_beside_safetensors_are_left_alone(hub, tmp_path, pipe):
+    folder, trace = tmp_path / "both", tmp_path / "trace"
+    with_pickles(pipe, folder, trace)
+    pipe.unet.save_pretrained(folder / "unet")
+    hub.add(REPO, files={name: (folder / name).read_bytes() for name in files(folder)})
+    for place in (REPO, folder):
+        same_images(MNISTDDPMPipeline.from_pretrained(place), pipe)
+        same_images(DiffusionPipeline.from_pretrained(place, trust_remote_code=True), pipe)
+        MNISTUNet2DModel.from_pretrained(place, subfolder="unet")
     assert not trace.exists()
 
 
-def test_pickled_weights_are_refused(hub, tmp_path, pipe):
-    pipe.save_pretrained(tmp_path)
-    (tmp_path / WEIGHTS).unlink()
-    torch.save(pipe.unet.state_dict(), tmp_path / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
-        MNISTDDPMPipeline.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="`use_safetensors` must be True"):
-        MNISTDDPMPipeline.from_pretrained(tmp_path, use_safetensors=False)
+def test_pickles_are_not_written(tmp_path, pipe):
     with pytest.raises(ValueError, match="`safe_serialization` must be True"):
         pipe.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(ValueError, match="`safe_serialization` must be True"):
+        pipe.push_to_hub(REPO, safe_serialization=False)
 
-    pipe.push_to_hub(REPO, token=WRITER)
-    published = {name: content for name, content in hub.files(REPO).items() if name != WEIGHTS}
-    pickle = {"unet/diffusion_pytorch_model.bin": (tmp_path / "unet" / "diffusion_pytorch_model.bin").read_bytes()}
-    hub.repos["models", REPO].commit(published | pickle)
-    with pytest.raises(OSError, match="safetensors"):
-        MNISTDDPMPipeline.from_pretrained(REPO)
+
+def test_pickled_classifiers_are_refused(tmp_path):
+    classifier = ClassifierFeatures.from_pretrained()
+    folder = Path(mnist_ddpm.__file__).parent / "classifier"
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    torch.save(classifier.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        ClassifierFeatures.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("token", [f"{WRITER}\nx", f"{WRITER}\u00e9"])
+def test_a_token_that_no_header_can_carry_is_refused_and_not_printed(hub, tmp_path, pipe, token):
+    hub.add(REPO)
+    pipe.save_pretrained(tmp_path)
+    for call in (
+        lambda: check_repository(REPO, token=token),
+        lambda: publish(tmp_path, REPO, token=token),
+        lambda: pipe.push_to_hub(REPO, token=token),
+        lambda: pipe.save_pretrained(tmp_path, push_to_hub=True, repo_id=REPO, token=token),
+        lambda: MNISTDDPMPipeline.from_pretrained(REPO, token=token),
+        lambda: MNISTUNet2DModel.from_pretrained(REPO, subfolder="unet", token=token),
+        lambda: MNISTDDPMScheduler.from_pretrained(REPO, subfolder="scheduler", token=token),
+        lambda: MNISTDDIMScheduler.from_pretrained(REPO, subfolder="scheduler", token=token),
+    ):
+        with pytest.raises((ValueError, RuntimeError, OSError), match="token") as error:
+            call()
+        assert WRITER not in str(error.value)
+        assert error.value.__cause__ is None
+        assert error.value.__context__ is None or error.value.__suppress_context__
+    assert not hub.requests
 
 
 @pytest.mark.parametrize(
-    ("name", "entry"), [("unet", None), ("unet", ["unet"]), ("scheduler", [1, 2]), ("_class_name", 7), (None, None)]
+    ("name", "entry"), [("unet", None), ("unet", ["unet"]), ("scheduler", [1, 2]), ("_class_name", 7)]
 )
 def test_damaged_index_is_refused(tmp_path, pipe, name, entry):
     pipe.save_pretrained(tmp_path)
     path = tmp_path / "model_index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {name: entry} if name else []))
-    with pytest.raises(
-        ValueError, match=f"model_index.json: `{name or '_class_name'}` must name a module and a class"
-    ):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: entry}))
+    with pytest.raises(ValueError, match=f"model_index.json: `{name}` must name a module and a class"):
         MNISTDDPMPipeline.from_pretrained(tmp_path)
 
 
@@ -359,10 +501,17 @@ def assert_clear(error, folder=None):
     assert message.startswith(f"cannot push to the repository '{REPO}': ")
     assert WRITER not in message
     if folder:
-        assert (
-            f"The pipeline is safe in {folder}; push it again with: python -m mnist_ddpm.hub {folder} {REPO}"
-            in message
-        )
+        safe, command = message.splitlines()[-1].split(": ")
+        assert safe == f"The pipeline is safe in {folder}; push it again (set HF_TOKEN first) with"
+        assert command == f"{sys.executable} -m mnist_ddpm.hub {folder} {REPO}"
+
+
+def push_again(error, monkeypatch):
+    """Run the command that an error names, in this process."""
+    python, module, name, *arguments = shlex.split(str(error.value).partition(" with: ")[2])
+    assert (python, module, name) == (sys.executable, "-m", "mnist_ddpm.hub")
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    main(arguments)
 
 
 def test_check_repository_creates_it_and_returns_its_full_name(hub):
@@ -378,7 +527,7 @@ def test_check_repository_creates_it_and_returns_its_full_name(hub):
         (REPO, "hf_wrongToken", "token is missing, wrong or expired"),
         (REPO, READER, "token may not write there"),
         ("somebody/mnist-ddpm", WRITER, "token may not write there"),
-        ("a/b/c", WRITER, "HFValidationError: Repo id must be in the form"),
+        ("a/b/c", WRITER, "Repo id must be in the form"),
     ],
 )
 def test_wrong_token_or_name_is_found_before_the_training(hub, repo_id, token, remedy):
@@ -395,15 +544,15 @@ def test_repository_of_somebody_else_is_found_before_the_training(hub):
         check_repository("somebody/mnist-ddpm", token=WRITER)
 
 
-def test_missing_or_broken_token(hub, tmp_path, pipe):
-    with pytest.raises(ValueError, match="no Hub token: pass `token`, set HF_TOKEN"):
+def test_missing_token(hub, tmp_path, monkeypatch, pipe):
+    no_token = rf"cannot push to the repository '{REPO}': no Hub token: set HF_TOKEN or log in with `hf auth login`"
+    with pytest.raises(RuntimeError, match=no_token):
         check_repository(REPO)
-    with pytest.raises(ValueError, match="`token` must be printable ASCII") as error:
-        check_repository(REPO, token=f"{WRITER}\nx")
-    assert WRITER not in str(error.value)
-    pipe.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no Hub token"):
-        publish(tmp_path, REPO)
+    with pytest.raises(RuntimeError, match=rf"{no_token}\nThe pipeline is safe in {tmp_path}; push it again") as error:
+        pipe.save_pretrained(tmp_path, push_to_hub=True, repo_id=REPO)
+    assert not hub.requests
+    push_again(error, monkeypatch)
+    assert set(hub.files(REPO)) == LAYOUT | {".gitattributes"}
 
 
 FAULTS = [401, 403, 409, 500, "drop", "cut"]
@@ -453,26 +602,55 @@ def test_a_slow_hub_is_waited_for(hub, pipe, endpoint):
         same_images(MNISTDDPMPipeline.from_pretrained(REPO, force_download=True), pipe)
 
 
-@pytest.mark.parametrize("kind", [500, "drop"])
+@pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("endpoint", ["info", "tree", "resolve"])
 def test_a_download_that_fails_names_the_repository(hub, no_waits, pipe, endpoint, kind):
     repo = f"{USER}/{endpoint}-{kind}"  # not in the cache
     pipe.push_to_hub(repo, token=WRITER)
-    with hub.fault(endpoint, kind), pytest.raises(OSError, match=f"cannot load '{repo}' from the Hub: check the name"):
-        MNISTDDPMPipeline.from_pretrained(repo)
+    with (
+        hub.fault(endpoint, kind),
+        pytest.raises(OSError, match=f"cannot load '{repo}' from the Hub: check the name") as error,
+    ):
+        MNISTDDPMPipeline.from_pretrained(repo, token=READER)
+    assert READER not in str(error.value)
     same_images(MNISTDDPMPipeline.from_pretrained(repo), pipe)
 
 
-def test_the_command_that_a_failed_push_names_pushes(hub, tmp_path, pipe):
+@pytest.mark.parametrize("way", ["save_pretrained", "push_to_hub", "publish"])
+def test_the_command_that_a_failed_push_names_pushes(hub, tmp_path, monkeypatch, pipe, way):
+    folder = tmp_path / "a folder"
+    pipe.save_pretrained(folder)
+    pushes = {
+        "save_pretrained": lambda: pipe.save_pretrained(folder, push_to_hub=True, repo_id=REPO, private=True),
+        "push_to_hub": lambda: pipe.push_to_hub(REPO, private=True),
+        "publish": lambda: publish(folder, REPO, private=True),
+    }
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    with hub.fault("create", 500), pytest.raises(RuntimeError, match="the Hub is in trouble: try again") as error:
+        pushes[way]()
+    push_again(error, monkeypatch)
+    assert set(hub.files(REPO)) == LAYOUT | {".gitattributes"}
+    assert hub.repos["models", REPO].private
+    assert hub.files(REPO)[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_command_that_a_failed_push_names_is_a_shell_line(hub, tmp_path, pipe):
     folder = tmp_path / "a folder"
     pipe.save_pretrained(folder)
     with hub.fault("commit", 500), pytest.raises(RuntimeError) as error:
         publish(folder, REPO, token=WRITER)
-    command = str(error.value).partition("push it again with: ")[2]
-    program, *arguments = shlex.split(command)
-    assert program == "python"
-    subprocess.run([sys.executable, *arguments], check=True, env={**os.environ, "HF_TOKEN": WRITER})
+    command = str(error.value).partition(" with: ")[2]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path, env={**os.environ, "HF_TOKEN": WRITER})
     assert set(hub.files(REPO)) == LAYOUT | {".gitattributes"}
+
+
+def test_a_copy_without_the_package_names_the_command_of_the_hub(hub, tmp_path, pipe):
+    pipe.save_pretrained(tmp_path)
+    copy = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    with pytest.raises(RuntimeError, match="no Hub token") as error:
+        copy.save_pretrained(tmp_path, push_to_hub=True, repo_id=REPO, private=True)
+    assert str(error.value).endswith(f"push it again with: hf upload {REPO} {tmp_path} . --private")
 
 
 def test_command_line_says_what_is_wrong_in_one_line(hub, tmp_path, monkeypatch):
@@ -500,18 +678,145 @@ def mnist(hub):
     return f"{USER}/mnist"
 
 
+@pytest.fixture
+def trained(mnist, tmp_path, pipe):
+    """Train on those images, for two steps unless flags say otherwise, and publish; returns the output folder."""
+    pipe.unet.save_config(tmp_path / "unet")
+
+    def run(*flags, output_dir=tmp_path / "trained"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        argv = ["--dataset_name", mnist, "--model_config_name_or_path", tmp_path / "unet", "--max_train_steps", 2]
+        argv += ["--cache_dir", tmp_path / "cache", "--output_dir", output_dir, "--train_batch_size", 4]
+        argv += ["--lr_scheduler", "constant", "--eval_batch_size", 2, "--ddpm_num_inference_steps", 2]
+        argv += ["--mixed_precision", "no", "--push_to_hub", "--hub_model_id", REPO, f"--hub_token={WRITER}", *flags]
+        train.main(train.parse_args(list(map(str, argv))))
+        return output_dir
+
+    return run
+
+
+def test_neither_token_nor_folder_is_published_or_kept(hub, trained, tmp_path, caplog, capfd):
+    folder = trained("--logger", "tensorboard", "--hub_strategy", "all_checkpoints")
+    written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    assert not any(WRITER.encode() in content for content in [*hub.files(REPO).values(), *written])
+    assert not any(str(tmp_path).encode() in content for content in hub.files(REPO).values())
+    assert WRITER not in caplog.text + "".join(capfd.readouterr())
+
+
+def test_flags_are_not_abbreviated_so_that_the_token_can_be_told(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--hub_tok", WRITER])
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "message"),
+    [
+        (REPO, "hf_wrongToken", f"error: cannot push to the repository '{REPO}': the token is missing, wrong or"),
+        ("a/b/c", WRITER, "error: cannot push to the repository 'a/b/c': Repo id must be in the form"),
+    ],
+)
+def test_training_script_says_in_one_line_before_it_starts_that_it_cannot_push(
+    hub, tmp_path, monkeypatch, name, token, message
+):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    flags = ["--output_dir", tmp_path / "trained", "--push_to_hub", "--hub_model_id", name, "--hub_token", token]
+    monkeypatch.setattr("sys.argv", [train.__file__, *map(str, flags)])
+    with pytest.raises(SystemExit, match=message) as error:
+        runpy.run_path(train.__file__, run_name="__main__")
+    assert token not in str(error.value)
+    assert not list((tmp_path / "trained").iterdir())
+
+
+def test_card_of_a_training_run(hub, trained):
+    folder = trained("--seed", 3)
+    text = hub.files(REPO)["README.md"].decode()
+    assert ModelCard(text).data.datasets == [f"{USER}/mnist"]
+    assert "![Samples](samples.png)" in text
+    assert hub.files(REPO)["samples.png"] == (folder / "samples.png").read_bytes()
+    (command,) = re.findall(r"```bash\n(.*)\n```", text)
+    words = shlex.split(command)
+    assert words[:3] == ["accelerate", "launch", "examples/train.py"]
+    args = train.parse_args(words[3:])
+    assert (args.seed, args.dataset_name, args.max_train_steps) == (3, f"{USER}/mnist", 2)
+    for name in ("seed", "learning_rate", "ddpm_beta_schedule"):
+        assert f"| {name} | {getattr(args, name)} |" in text
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [("end", set()), ("checkpoint", {"last-checkpoint"}), ("all_checkpoints", {"checkpoint-1", "checkpoint-2"})],
+)
+def test_checkpoints_are_published_where_asked(hub, trained, strategy, expected):
+    folder = trained("--hub_strategy", strategy, "--checkpointing_steps", 1)
+    published = hub.files(REPO)
+    own = LAYOUT | {"samples.png", ".gitattributes"}
+    assert {name.partition("/")[0] for name in set(published) - own} == expected
+    for name in expected:
+        local = folder / name.replace("last-checkpoint", "checkpoint-2")
+        assert {path: published[f"{name}/{path}"] for path in files(local)} == {
+            path: (local / path).read_bytes() for path in files(local)
+        }
+    requests = hub.requests["resolve"]
+    MNISTDDPMPipeline.from_pretrained(REPO)
+    assert hub.requests["resolve"] - requests <= 2 * len(LAYOUT), "checkpoints are not downloaded with the pipeline"
+    same_images(
+        DiffusionPipeline.from_pretrained(REPO, trust_remote_code=True), MNISTDDPMPipeline.from_pretrained(REPO)
+    )
+
+
+def test_a_checkpoint_on_the_hub_is_replaced_whole(hub, tmp_path):
+    hub.add(REPO, files={"last-checkpoint/outdated.pkl": b"", "kept.txt": b""})
+    checkpoint = tmp_path / "checkpoint-7"
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    with (
+        hub.fault("commit", 403),
+        pytest.raises(RuntimeError, match=f"token may not write there.*\nThe checkpoint is safe in {checkpoint}"),
+    ):
+        publish_checkpoint(checkpoint, REPO, "last-checkpoint", token=WRITER)
+    publish_checkpoint(checkpoint, REPO, "last-checkpoint", token=WRITER)
+    assert set(hub.files(REPO)) == {".gitattributes", "kept.txt", "last-checkpoint/model.safetensors"}
+
+
+def test_a_run_goes_on_from_the_checkpoint_on_the_hub(hub, trained, tmp_path):
+    trained("--hub_strategy", "checkpoint")
+    elsewhere = tmp_path / "elsewhere"
+    snapshot_download(REPO, allow_patterns="last-checkpoint/*", local_dir=elsewhere)
+    more = ("--max_train_steps", 4)
+    resumed = trained(*more, "--resume_from_checkpoint", elsewhere / "last-checkpoint", output_dir=elsewhere)
+    undisturbed = trained(*more, output_dir=tmp_path / "undisturbed")
+    assert (resumed / WEIGHTS).read_bytes() == (undisturbed / WEIGHTS).read_bytes()
+
+
+def test_training_outlives_a_hub_in_trouble(hub, no_waits, trained, tmp_path, caplog, monkeypatch):
+    with hub.fault("commit", 500), pytest.raises(RuntimeError) as error:
+        trained("--hub_strategy", "checkpoint", "--checkpointing_steps", 1)
+    assert_clear(error, tmp_path / "trained")
+    assert (
+        caplog.text.count(f"Training goes on, but cannot push to the repository '{REPO}': the Hub is in trouble") == 2
+    )
+    assert WRITER not in caplog.text
+    push_again(error, monkeypatch)
+    assert hub.files(REPO)[WEIGHTS] == (tmp_path / "trained" / WEIGHTS).read_bytes()
+    assert "--max_train_steps 2" in hub.files(REPO)["README.md"].decode()
+
+
 WITHOUT_THE_PLUGIN = """
-import sys
+import os, sys
 sys.modules["mnist_ddpm"] = None  # an import of it fails
 import torch
 from diffusers import DiffusionPipeline
-repo, again, result = sys.argv[1:]
-pipe = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)
-assert type(pipe).__name__ == "MNISTDDPMPipeline", type(pipe)
-pipe.save_pretrained(again)
-pipe = DiffusionPipeline.from_pretrained(again, trust_remote_code=True)
-latents = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-torch.save(pipe(latents=latents, num_inference_steps=2, noise_scale=0.0, output_type="pt").images, result)
+repo, folder, again, result, code = sys.argv[1:]
+exec(code)
+def images(place):
+    pipe = DiffusionPipeline.from_pretrained(place, trust_remote_code=True)
+    assert type(pipe).__name__ == "MNISTDDPMPipeline", type(pipe)
+    latents = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return pipe(latents=latents, num_inference_steps=2, noise_scale=0.0, output_type="pt").images
+loaded = DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)
+loaded.save_pretrained(folder)
+loaded.push_to_hub(again)
+torch.save([images(repo), images(folder), images(again)], result)
 """
 
 WITH_THE_PLUGIN = """
@@ -522,34 +827,26 @@ assert type(pipe) is MNISTDDPMPipeline and type(pipe.unet) is MNISTUNet2DModel
 assert pipe(num_inference_steps=2).images[0].size == (8, 8)
 """
 
-TRAIN = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
-import train
-train.main(train.parse_args())
-"""
-
 
 @pytest.mark.slow
-def test_training_reads_from_the_hub_and_pushes_what_loads_with_the_plugin_and_without(hub, mnist, tmp_path, pipe):
-    pipe.unet.save_config(tmp_path / "unet")
-    flags = ["--dataset_name", mnist, "--model_config_name_or_path", tmp_path / "unet", "--max_train_steps", 2]
-    flags += ["--train_batch_size", 4, "--eval_batch_size", 2, "--ddpm_num_inference_steps", 2, "--logger", "none"]
-    flags += ["--mixed_precision", "no", "--output_dir", tmp_path / "trained", "--cache_dir", tmp_path / "cache"]
-    flags += ["--push_to_hub", "--hub_model_id", REPO, "--hub_token", WRITER]
-    output = python(TRAIN, str(EXAMPLES), *map(str, flags))
-    assert WRITER not in output
+def test_what_training_publishes_loads_in_new_processes_with_the_plugin_and_without(hub, trained, tmp_path):
+    folder = trained()
     published = hub.files(REPO)
-    assert LAYOUT <= set(published) <= LAYOUT | {"samples.png", ".gitattributes"}
-    assert published[WEIGHTS] == (tmp_path / "trained" / WEIGHTS).read_bytes()
-    for name in set(published) - {WEIGHTS, "samples.png"}:
-        assert WRITER not in published[name].decode()
-        assert str(tmp_path) not in published[name].decode()
+    assert set(published) == LAYOUT | {"samples.png", ".gitattributes"}
+    assert published[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+    (code,) = [block for block in python_blocks(published["README.md"]) if "trust_remote_code" in block]
 
-    python(WITH_THE_PLUGIN, REPO, HF_HOME=str(tmp_path / "home"))
-    again, result = str(tmp_path / "again"), str(tmp_path / "result")
-    python(WITHOUT_THE_PLUGIN, REPO, again, result, HF_HOME=str(tmp_path / "another home"))
-    assert files(again) == LAYOUT
-    expected = images(MNISTDDPMPipeline.from_pretrained(tmp_path / "trained"))
-    torch.testing.assert_close(torch.load(result), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(images(MNISTDDPMPipeline.from_pretrained(again)), expected, atol=1e-4, rtol=0)
+    saved, again, result = tmp_path / "saved", f"{USER}/again", tmp_path / "result"
+    homes = [{"HF_HOME": str(tmp_path / name), "HF_TOKEN": WRITER} for name in ("home", "another home")]
+    processes = [
+        new_process(WITH_THE_PLUGIN, REPO, **homes[0]),
+        new_process(WITHOUT_THE_PLUGIN, REPO, saved, again, result, code, **homes[1]),
+    ]
+    for process in processes:
+        assert_success(process)
+    assert files(saved) == set(hub.files(again)) - {".gitattributes"} == LAYOUT
+    expected = images(MNISTDDPMPipeline.from_pretrained(folder))
+    for place in (saved, again):
+        torch.testing.assert_close(images(MNISTDDPMPipeline.from_pretrained(place)), expected, atol=1e-4, rtol=0)
+    for sampled in torch.load(result):
+        torch.testing.assert_close(sampled, expected, atol=1e-4, rtol=0)

@@ -1,9 +1,10 @@
-"""Publish a saved pipeline on the Hugging Face Hub: only what belongs there, with errors that say what to do.
+"""What surrounds a pipeline on the Hugging Face Hub: its card with training and scores, checkpoints, a first check.
 
 `python -m mnist_ddpm.hub FOLDER REPO_ID` pushes a saved pipeline, for instance one that a training run could not push.
 """
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -12,20 +13,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, create_repo, get_token
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, create_repo, upload_folder
 
-from mnist_ddpm.pipeline import CARD, CARD_FILE, CARD_REPO_ID, PICTURE_FILE, upload_pipeline
+from mnist_ddpm.pipeline import CARD, CARD_FILE, CARD_REPO_ID, PICTURE_FILE, publish, pushing_to
 
-REMEDIES = {
-    401: "the token is missing, wrong or expired: create one that may write at https://huggingface.co/settings/tokens",
-    403: "the token may not write there: use a token with write access to that namespace, or another repository name",
-    404: "no such repository or namespace: check the name, and that the token may see it",
-    409: "the Hub reports a conflict with another change: try again, or use another repository name",
-}
+__all__ = ["add_scores", "check_repository", "publish", "publish_checkpoint", "write_card"]
+
+EVALUATION = """## Evaluation
+
+FID, KID, precision and recall are measured on the features of an MNIST classifier, or of Inception v3 where the name
+says so; the former do not compare with those of other papers."""
 
 
-def check_repository(repo_id: str, *, token: str | None = None, private: bool = False) -> str:
+def check_repository(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
     """Create the repository where it is missing, and find out whether the token may write to it.
 
     To be called before a long training, so that a wrong token or name costs seconds and not hours.
@@ -33,63 +33,45 @@ def check_repository(repo_id: str, *, token: str | None = None, private: bool = 
     Args:
         repo_id: `name` (in the token's own namespace) or `namespace/name`.
         token: A Hub token that may write; None means the stored one (`HF_TOKEN` or `hf auth login`).
-        private: Whether a repository that is created here is private.
+        private: Whether a repository that is created here is private; None means as its namespace has it.
 
     Returns:
         The full `namespace/name`.
 
     Raises:
-        ValueError: If there is no usable token.
         RuntimeError: If the repository cannot be created or written to; the message names it and the remedy.
     """
-    _check_token(token)
-    try:
+    with pushing_to(repo_id, token):
         full_id = create_repo(repo_id, token=token, private=private, exist_ok=True).repo_id
         # Asks the Hub where a file would go, which needs write access, and uploads nothing.
         HfApi().preupload_lfs_files(full_id, [CommitOperationAdd("README.md", b"card")], token=token)
-    except Exception as error:  # whatever the network, the server and the client can do
-        # `from None`: the traceback of the HTTP client may show the request's headers, the token among them.
-        raise RuntimeError(f"cannot push to the repository {repo_id!r}: {_reason(error)}") from None
     return full_id
 
 
-def publish(
-    folder: str | os.PathLike[str],
-    repo_id: str,
-    *,
-    token: str | None = None,
-    private: bool | None = None,
-    commit_message: str | None = None,
-) -> str:
-    """Upload a saved pipeline as `upload_pipeline` does, with errors that say what to do.
+def publish_checkpoint(
+    checkpoint: str | os.PathLike[str], repo_id: str, name: str | None = None, *, token: str | None = None
+) -> None:
+    """Upload a checkpoint of a training run beside the pipeline, so that the run can go on from it elsewhere.
 
     Args:
-        folder: A folder that `MNISTDDPMPipeline.save_pretrained` wrote; what else it holds is not uploaded.
-        repo_id: The repository, `name` or `namespace/name`.
+        checkpoint: The folder of the checkpoint.
+        repo_id: The repository `namespace/name`.
+        name: The checkpoint's folder in the repository, by default its name here; what is there is replaced.
         token: A Hub token that may write; None means the stored one.
-        private: Whether the repository is private, if it is created.
-        commit_message: The title of the commit.
-
-    Returns:
-        The address of the commit.
 
     Raises:
-        ValueError: If `folder` holds no saved pipeline, or there is no usable token.
-        RuntimeError: If the upload fails; the message gives the command that pushes what is in the folder again.
+        RuntimeError: If the upload fails; the message names the repository and the remedy.
     """
-    folder = Path(folder).resolve()
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"`folder` must hold what `save_pretrained` writes, but {folder} has no model_index.json")
-    _check_token(token)
-    try:
-        return upload_pipeline(folder, repo_id, token=token, private=private, commit_message=commit_message)
-    except Exception as error:  # as above
-        command = f"python -m mnist_ddpm.hub {shlex.quote(str(folder))} {shlex.quote(repo_id)}"
-        command += " --private" if private else ""
-        raise RuntimeError(
-            f"cannot push to the repository {repo_id!r}: {_reason(error)}\n"
-            f"The pipeline is safe in {folder}; push it again with: {command}"
-        ) from None
+    checkpoint = Path(checkpoint)
+    with pushing_to(repo_id, token, f"The checkpoint is safe in {checkpoint.resolve()}."):
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=checkpoint,
+            path_in_repo=name or checkpoint.name,
+            delete_patterns="*",
+            commit_message=f"Upload {checkpoint.name}",
+            token=token,
+        )
 
 
 def write_card(
@@ -98,9 +80,8 @@ def write_card(
     dataset: str | None = None,
     command: Sequence[str] = (),
     parameters: Mapping[str, Any] | None = None,
-    scores: Mapping[str, float] | None = None,
 ) -> None:
-    """Write the model card of a saved pipeline: how to load it, and how it was trained and scored.
+    """Write the model card of a saved pipeline: how to load it, and how it was trained.
 
     Neither tokens nor folders of this machine get into it: of a path, only its last part is told.
 
@@ -109,7 +90,6 @@ def write_card(
         dataset: The Hub id of the data set.
         command: The training command, word by word.
         parameters: The parameters of the training, by name.
-        scores: The scores of its samples, by the name of the metric.
     """
     card = ModelCard(CARD)
     data: Any = card.data
@@ -117,14 +97,8 @@ def write_card(
     if command:
         sections.append(f"## Training\n\n```bash\n{shlex.join(_public_words(command))}\n```")
     if parameters:
-        public = {name: _public_value(value) for name, value in parameters.items() if "token" not in name}
+        public = {name: _public(value) for name, value in parameters.items() if "token" not in name}
         sections.append(_table("parameter", "value", public))
-    if scores:
-        sections.append("## Evaluation\n\n" + _table("metric", "score", {k: f"{v:.4g}" for k, v in scores.items()}))
-        data.model_name = CARD_REPO_ID
-        name = dataset or "unknown"
-        task = {"task_type": data.pipeline_tag, "dataset_type": name, "dataset_name": name}
-        data.eval_results = [EvalResult(**task, metric_type=k, metric_value=v) for k, v in scores.items()]
     if dataset:
         data.datasets = [dataset]
     if (Path(folder) / PICTURE_FILE).is_file():
@@ -133,21 +107,47 @@ def write_card(
     (Path(folder) / CARD_FILE).write_text(str(card))
 
 
+def add_scores(folder: str | os.PathLike[str], scores: Mapping[str, Any], *, command: str = "") -> None:
+    """Add the scores of its samples to the card of a saved pipeline, for readers and for the Hub's `model-index`.
+
+    Args:
+        folder: A folder that `MNISTDDPMPipeline.save_pretrained` wrote.
+        scores: The scores by the name of the metric, as `examples/evaluate.py` writes them; what is no number is
+            left out, and scores that the card has are replaced.
+        command: The command that measured them, a shell line.
+    """
+    numbers = {name: value for name, value in scores.items() if isinstance(value, int | float)}
+    path = Path(folder) / CARD_FILE
+    card = ModelCard(path.read_text() if path.exists() else CARD)
+    data: Any = card.data
+    name = (data.datasets or ["unknown"])[0]
+    task = {"task_type": data.pipeline_tag, "dataset_type": name, "dataset_name": name}
+    data.model_name = CARD_REPO_ID
+    data.eval_results = [EvalResult(**task, metric_type=k, metric_value=v) for k, v in numbers.items()]
+    sections = [EVALUATION, _table("metric", "score", {name: f"{value:.4g}" for name, value in numbers.items()})]
+    if command:
+        sections.append(f"```bash\n{shlex.join(_public_words(shlex.split(command)))}\n```")
+    above, *_ = card.text.partition(EVALUATION.splitlines()[0])
+    card.text = "\n\n".join([above.rstrip(), *sections]) + "\n"
+    path.write_text(str(card))
+
+
 def _public_words(command: Sequence[str]) -> list[str]:
     """The words of a command without a token, and without folders of this machine."""
     words: list[str] = []
     skip = False
     for word in command:
-        is_token = word.startswith("-") and "token" in word
-        if not (skip or is_token):
-            words.append(_public_value(word))
-        skip = is_token and "=" not in word  # the next word is the token
+        flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        if not (skip or "token" in flag):
+            words.append(flag + equals + _public(value))
+        skip = "token" in flag and not equals  # the next word is the token
     return words
 
 
-def _public_value(value: Any) -> str:
-    """A value for the card; of an absolute path, its last part."""
-    return Path(value).name if isinstance(value, str | Path) and Path(value).is_absolute() else str(value)
+def _public(value: Any) -> str:
+    """A value for the card: of an absolute path its last part, and nothing that looks like a token of the Hub."""
+    text = Path(value).name if isinstance(value, str | Path) and Path(value).is_absolute() else str(value)
+    return re.sub(r"hf_[A-Za-z0-9]{30,}", "hf_...", text)
 
 
 def _table(left: str, right: str, rows: Mapping[str, str]) -> str:
@@ -156,40 +156,23 @@ def _table(left: str, right: str, rows: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _check_token(token: str | None) -> None:
-    """Refuse a token that is missing or that an HTTP header cannot carry (the client's own error would print it)."""
-    if token is None:
-        token = get_token()
-    if token is None:
-        raise ValueError("no Hub token: pass `token`, set HF_TOKEN, or log in with `hf auth login`")
-    if not re.fullmatch(r"[!-~]+", token):
-        raise ValueError("`token` must be printable ASCII without spaces or line breaks: copy it again")
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong in one line, with the remedy."""
-    response = getattr(error, "response", None)
-    first, *_ = str(error).strip().splitlines() or [""]
-    details = f"{type(error).__name__}: {first} {getattr(error, 'server_message', None) or ''}".strip()
-    if isinstance(error, HFValidationError):
-        return details
-    if response is None:
-        return f"the Hub could not be reached or broke off: check the network and try again ({details})"
-    if response.status_code >= 500:
-        return f"the Hub is in trouble: try again later ({details})"
-    return f"{REMEDIES.get(response.status_code, 'the Hub refused: check the name')} ({details})"
-
-
 def main(argv: list[str] | None = None) -> None:
     """Push a saved pipeline from the command line."""
     parser = argparse.ArgumentParser(prog="python -m mnist_ddpm.hub", description="Push a saved pipeline to the Hub.")
     parser.add_argument("folder", help="a folder that save_pretrained wrote")
     parser.add_argument("repo_id", help="namespace/name")
     parser.add_argument("--private", action="store_true", help="make the repository private if it is created")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of changing main")
+    parser.add_argument("--scores", help="a JSON file of examples/evaluate.py, for the card")
     args = parser.parse_args(argv)
     try:
-        print(publish(args.folder, args.repo_id, private=args.private))
-    except (ValueError, RuntimeError) as error:
+        if args.scores:
+            result = json.loads(Path(args.scores).read_text())
+            if "scores" not in result:
+                raise ValueError(f"--scores: {args.scores} has no `scores`: is it what examples/evaluate.py wrote?")
+            add_scores(args.folder, result["scores"], command=result.get("command", ""))
+        print(publish(args.folder, args.repo_id, private=args.private or None, create_pr=args.create_pr))
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
 

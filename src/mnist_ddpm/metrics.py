@@ -64,7 +64,8 @@ class ClassifierFeatures(torch.nn.Module):
         """Load a classifier and what its image processor says about size, mean and standard deviation.
 
         Args:
-            path: A folder or Hub id that `AutoModelForImageClassification` and `AutoImageProcessor` load.
+            path: A folder or Hub id that `AutoModelForImageClassification` and `AutoImageProcessor` load, with weights
+                in safetensors.
 
         Raises:
             ValueError: If there is no such classifier, it is damaged, or it has no `preprocessor_config.json`.
@@ -73,7 +74,7 @@ class ClassifierFeatures(torch.nn.Module):
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         try:
-            model = AutoModelForImageClassification.from_pretrained(path)
+            model = AutoModelForImageClassification.from_pretrained(path, use_safetensors=True)
             processor = AutoImageProcessor.from_pretrained(path)
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(
