@@ -14,6 +14,7 @@ from machine import choose_mixed_precision
 
 from mnist_ddpm import MNISTDDPMScheduler, MNISTUNet2DModel
 from mnist_ddpm.data import decode_images, load_split
+from mnist_ddpm.likelihood import log_snr_betas
 
 UNETS = {"MNISTUNet2DModel": MNISTUNet2DModel, "UNet2DModel": UNet2DModel}
 
@@ -70,8 +71,10 @@ def load_images(args: argparse.Namespace, accelerator: Accelerator, channels: in
     return images.to(accelerator.device)
 
 
-def make_unet(config: dict[str, Any], images: torch.Tensor) -> ModelMixin:
+def make_unet(config: dict[str, Any], images: torch.Tensor, variance_type: str = "fixed_small") -> ModelMixin:
     """The U-Net of a config, new; what the config leaves open is as the images are.
+
+    Where the variance is learned, the U-Net returns twice as many channels: the prediction, and the variance.
 
     Raises:
         ValueError: the config is for other images.
@@ -79,24 +82,30 @@ def make_unet(config: dict[str, Any], images: torch.Tensor) -> ModelMixin:
     channels, height, width = images.shape[1:]
     unet_class = UNETS[config["_class_name"]]
     size = height if height == width else (height, width)
-    unet = unet_class.from_config({"sample_size": size, "in_channels": channels, "out_channels": channels} | config)
+    out_channels = 2 * channels if variance_type == "learned_range" else channels
+    unet = unet_class.from_config(
+        {"sample_size": size, "in_channels": channels, "out_channels": out_channels} | config
+    )
     size = unet.config.sample_size
     expected = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
-    if expected != (channels, height, width) or unet.config.out_channels != channels:
+    if expected != (channels, height, width) or unet.config.out_channels != out_channels:
         raise ValueError(
             f"--model_config_name_or_path: the U-Net takes images of shape {expected} and returns "
-            f"{unet.config.out_channels} channels, but the images have the shape {(channels, height, width)}: change "
-            "the config, or --resolution"
+            f"{unet.config.out_channels} channels, but the images have the shape {(channels, height, width)} and "
+            f"--variance_type {variance_type} needs {out_channels} channels: change the config, or --resolution"
         )
     return unet
 
 
 def make_scheduler(args: argparse.Namespace) -> MNISTDDPMScheduler:
     """The noise schedule."""
+    betas = log_snr_betas(args.ddpm_num_steps, *args.ddpm_log_snr).tolist() if args.ddpm_log_snr else None
     return MNISTDDPMScheduler(
         num_train_timesteps=args.ddpm_num_steps,
         beta_schedule=args.ddpm_beta_schedule,
+        trained_betas=betas,
         prediction_type=args.prediction_type,
+        variance_type=args.variance_type,
     )
 
 

@@ -1,7 +1,7 @@
 """Score samples of MNIST digits: FID and KID, precision and recall, digits, confidence, copies, beside their floor.
 
 The floor of a score is what real test images get against the training set. To score 10,000 samples takes about a
-minute on 2 CPU cores.
+minute on 2 CPU cores. With --bits_per_dim, also the variational bound of a model on the test images.
 """
 
 import argparse
@@ -12,11 +12,12 @@ import shlex
 import sys
 import time
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sample import SCHEDULERS, check_writable, load_pipeline, sample
-from train import MNIST, non_negative_int, positive_int
+from train import MNIST, batch, non_negative_int, num_timesteps, seed
 
 if TYPE_CHECKING:
     import torch
@@ -51,20 +52,41 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--num_images",
-        type=positive_int,
-        help=f"how many samples; by default {DEFAULT_NUM_IMAGES} of a model, or all of a file",
+        type=non_negative_int,
+        help=f"how many samples; by default {DEFAULT_NUM_IMAGES} of a model, or all of a file; 0: likelihood alone",
     )
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="of the samples, and of subsets of images")
+    parser.add_argument("--seed", type=seed, default=0, help="of the samples, and of subsets of images")
     parser.add_argument("--classifier", help="a transformers image classifier; by default the one in the package")
     parser.add_argument("--inception", action="store_true", help="score the features of Inception v3 as well")
     parser.add_argument("--dataset_name", default=str(MNIST), help="a Hub id or a local folder with both splits")
     parser.add_argument("--output", default="scores.json", help="the JSON file to write")
 
     sampling = parser.add_argument_group("sampling, with --model")
-    sampling.add_argument("--num_inference_steps", type=positive_int, default=50)
+    sampling.add_argument("--num_inference_steps", type=num_timesteps, default=50)
     sampling.add_argument("--scheduler", choices=SCHEDULERS, default="ddim")
-    sampling.add_argument("--batch_size", type=positive_int, default=500)
+    sampling.add_argument("--batch_size", type=batch, default=500)
+
+    bound = parser.add_argument_group("likelihood, with --model")
+    bound.add_argument(
+        "--bits_per_dim", action="store_true", help="measure the variational bound on the test images as well"
+    )
+    bound.add_argument(
+        "--num_timesteps_per_image",
+        type=num_timesteps,
+        help="estimate the bound from so many timesteps of each image, 10 for one; by default all, which takes long",
+    )
+    bound.add_argument(
+        "--variance_type",
+        choices=["fixed_small", "fixed_large"],
+        help="variance of the backward steps; by default what the model was saved with",
+    )
     args = parser.parse_args(argv)
+    if args.bits_per_dim and args.model is None:
+        parser.error("--bits_per_dim needs --model")
+    if not args.bits_per_dim and (args.num_timesteps_per_image is not None or args.variance_type is not None):
+        parser.error("--num_timesteps_per_image and --variance_type need --bits_per_dim")
+    if args.num_images == 0 and not args.bits_per_dim:
+        parser.error("--num_images must be at least 1, or 0 with --bits_per_dim")
     args.command = ["python", "examples/evaluate.py", *argv]
     return args
 
@@ -152,21 +174,16 @@ def table(scores: dict[str, Any], floor: dict[str, Any]) -> str:
     return "\n".join([f"{'':<{width}}  {'samples':>10}  {'floor':>10}", *lines])
 
 
-def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Draw or read the samples, score them and the floor, print a table; returns what the JSON file gets."""
-    import torch
-
+def score_samples(args: argparse.Namespace, device: str, test: "torch.Tensor") -> dict[str, Any]:
+    """Draw or read the samples, score them and the floor, and print a table."""
     from mnist_ddpm import metrics
     from mnist_ddpm.data import decode_images, load_split
 
-    check_writable(Path(args.output))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     classifier = metrics.ClassifierFeatures.from_pretrained(args.classifier or metrics.CLASSIFIER).to(device)
     inception = metrics.InceptionFeatures().to(device) if args.inception else None
     train = decode_images(load_split(args.dataset_name, split="train"), channels=1)
-    test = decode_images(load_split(args.dataset_name, split="test"), channels=1)
     start = time.perf_counter()
-    samples = load_samples(args.samples, args.num_images) if args.samples else draw_samples(args, device)
+    samples = load_samples(args.samples, args.num_images) if args.samples is not None else draw_samples(args, device)
     drawn = time.perf_counter()
     # FID and its company depend on how many images there are: the floor has as many, as long as there are so many
     test = metrics.random_subset(test, len(samples), args.seed)
@@ -174,15 +191,81 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     scorer = metrics.Scorer(train, classifier, inception)
     scores, floor = scorer(samples, args.seed), scorer(test, args.seed)
     print(table(scores, floor))
-    source = ("samples",) if args.samples else ("model", "scheduler", "num_inference_steps")
-    result = {
+    source = ("samples",) if args.samples is not None else ("model", "scheduler", "num_inference_steps")
+    return {
         "scores": scores,
         "floor": floor,
         "source": {name: getattr(args, name) for name in source},
         "num_images": {"samples": len(samples), "floor": len(test), "reference": len(train)},
         "seconds": {"samples": drawn - start, "scores": time.perf_counter() - drawn},
-        **provenance(args),
     }
+
+
+def measure_bound(args: argparse.Namespace, device: str, test: "torch.Tensor") -> dict[str, Any]:
+    """Measure the variational bound on the test images, and print its parts."""
+    import torch
+    from tqdm.auto import tqdm
+
+    from mnist_ddpm import VariationalBound, bits_per_dim
+
+    pipe = load_pipeline(args.model, "ddpm", device)
+    options = {} if args.variance_type is None else {"variance_type": args.variance_type}
+    scheduler = pipe.scheduler.from_config(pipe.scheduler.config, **options)
+    num_timesteps = len(scheduler)
+    terms_per_image = args.num_timesteps_per_image or num_timesteps
+    generator = torch.Generator().manual_seed(args.seed)
+    start = time.perf_counter()
+    with tqdm(total=len(test) * terms_per_image, unit=" terms", unit_scale=True) as bar:
+        bound = bits_per_dim(pipe.unet, scheduler, test, terms_per_image, args.batch_size, generator, bar.update)
+    quarters = [i * num_timesteps // 4 for i in range(5)]
+    result = {
+        "total": bound.total,
+        "standard_error": bound.standard_error,
+        "L_T": bound.prior.mean().item(),
+        "sum of L_{t-1}": bound.diffusion,
+        "L_0": bound.decoder,
+        "quarters of t": [bound.between(*ends) for ends in pairwise(quarters)],
+        "schedule_cost": VariationalBound(scheduler).schedule_cost(),
+        "variance_type": scheduler.config["variance_type"],
+        "num_images": len(test),
+        "num_timesteps_per_image": terms_per_image,
+        "seconds": time.perf_counter() - start,
+    }
+    print(bound_table(result))
+    return result
+
+
+def bound_table(bound: dict[str, Any]) -> str:
+    """Lay out the parts of the bound."""
+    cost = bound["schedule_cost"]
+    quarters = zip(("first", "second", "third", "last"), bound["quarters of t"], strict=True)
+    rows = {
+        "bits per dimension, at most": bound["total"],
+        "  standard error": bound["standard_error"],
+        "  L_T": bound["L_T"],
+        "  sum of L_{t-1}": bound["sum of L_{t-1}"],
+        "  L_0": bound["L_0"],
+        **{f"  L_0 and L_{{t-1}}, {name} quarter of t": part for name, part in quarters},
+        f"of it for {bound['variance_type']}, by no model to be lowered": cost["variance_mismatch"],
+        "L_0 of a black pixel, at the decoder's smallest variance": cost["background_decoder"],
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{title:<{width}}  {value:>10.4f}" for title, value in rows.items())
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Score samples, measure the bound, or both, and print tables; returns what the JSON file gets."""
+    import torch
+
+    from mnist_ddpm.data import decode_images, load_split
+
+    check_writable(Path(args.output))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    test = decode_images(load_split(args.dataset_name, split="test"), channels=1)
+    result = {} if args.num_images == 0 else score_samples(args, device, test)
+    if args.bits_per_dim:
+        result["bits_per_dim"] = measure_bound(args, device, test)
+    result |= provenance(args)
     Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
     return result
 

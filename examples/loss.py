@@ -1,4 +1,4 @@
-"""The loss of DDPM, for any prediction type, with weights by the timestep if asked for."""
+"""The loss of DDPM: the simplified one, the variational bound, or both."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,30 +8,62 @@ import torch.nn.functional as F
 from batches import Batch
 
 from mnist_ddpm import MNISTDDPMScheduler
+from mnist_ddpm.likelihood import VariationalBound
+
+VLB_WEIGHT = 0.001  # lambda of L_hybrid (iDDPM, arXiv 2102.09672, equation 16)
 
 
 class DiffusionLoss:
-    """The squared error of what the U-Net predicts from noisy images: DDPM's Algorithm 1 (arXiv 2006.11239).
+    """What training minimizes, for any prediction type: DDPM's Algorithm 1 (arXiv 2006.11239), or iDDPM's losses.
+
+    - `"simple"`: the squared error of what the U-Net predicts from noisy images, by DDPM's equation 14.
+    - `"vlb"`: the bound of `likelihood.py` in bits per dimension (without L_T, which no training changes), estimated
+      from the batch: T times the mean of its terms at random timesteps.
+    - `"hybrid"`: `simple + 0.001 vlb`, where the bound trains the variance alone (iDDPM, equation 16).
 
     Args:
-        scheduler: adds the noise; its prediction type says what the U-Net is to predict.
-        snr_gamma: gamma of min-SNR weights; None to weight all timesteps alike.
+        scheduler: adds the noise; its prediction type and its variance type say what the U-Net is to predict.
+        snr_gamma: gamma of min-SNR weights of the squared error; None to weight all timesteps alike.
         device: where the batches are.
+        loss_type: one of the above.
     """
 
-    def __init__(self, scheduler: MNISTDDPMScheduler, snr_gamma: float | None, device: torch.device):
+    def __init__(
+        self,
+        scheduler: MNISTDDPMScheduler,
+        snr_gamma: float | None,
+        device: torch.device,
+        loss_type: str = "simple",
+    ):
         self.scheduler = scheduler
+        self.loss_type = loss_type
+        self.bound = VariationalBound(scheduler) if loss_type != "simple" else None
         self.weights = None if snr_gamma is None else min_snr_weights(scheduler, snr_gamma).to(device)
 
     def __call__(self, unet: Callable[..., Any], batch: Batch) -> torch.Tensor:
         """The mean over the batch, a float32 scalar."""
         noisy_images = self.scheduler.add_noise(batch.clean_images, batch.noise, batch.timesteps)
-        prediction = unet(noisy_images, batch.timesteps, return_dict=False)[0]
+        output = unet(noisy_images, batch.timesteps, return_dict=False)[0].float()
+        if self.loss_type == "vlb":
+            return self._vlb(output, noisy_images, batch)
+        if self.loss_type == "simple":
+            return self._simple(output, batch)
+        prediction, variance = output.chunk(2, dim=1)
+        vlb = self._vlb(torch.cat([prediction.detach(), variance], dim=1), noisy_images, batch)
+        return self._simple(prediction, batch) + VLB_WEIGHT * vlb
+
+    def _simple(self, prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The squared error, weighted if asked for."""
         target = prediction_target(self.scheduler, batch)
         if self.weights is None:
-            return F.mse_loss(prediction.float(), target)
-        errors = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
+            return F.mse_loss(prediction, target)
+        errors = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
         return (self.weights[batch.timesteps] * errors).mean()
+
+    def _vlb(self, output: torch.Tensor, noisy_images: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The bound without L_T, in bits per dimension."""
+        terms = self.bound.term(output, batch.timesteps, noisy_images, batch.clean_images)
+        return len(self.scheduler) * terms.mean()
 
 
 def prediction_target(scheduler: MNISTDDPMScheduler, batch: Batch) -> torch.Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTUNet2DModel
+from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel, bits_per_dim
 from mnist_ddpm.data import decode_images, load_split
 
 ROOT = Path(__file__).parent.parent
@@ -116,6 +116,80 @@ def test_samples_of_a_pipeline_depend_on_the_seed_and_not_on_the_batch_size(tmp_
     rounding = 1  # batches of another size may round differently, by one step of 256 at most
     assert (draw("--batch_size", "2").int() - samples.int()).abs().max() <= rounding
     assert not torch.equal(draw("--seed", "1"), samples)
+
+
+def save_model(folder: Path, **kwargs) -> list[str]:
+    """Save a small pipeline of 8 timesteps; returns the flags for its likelihood alone."""
+    torch.manual_seed(0)
+    channels = 2 if kwargs.get("variance_type") == "learned_range" else 1
+    unet = MNISTUNet2DModel(
+        block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, attention_head_dim=8, out_channels=channels
+    )
+    scheduler = MNISTDDPMScheduler(num_train_timesteps=8, beta_end=0.5, **kwargs)
+    MNISTDDPMPipeline(unet, scheduler).save_pretrained(folder / "model")
+    return [
+        "--model",
+        str(folder / "model"),
+        "--num_images",
+        "0",
+        "--bits_per_dim",
+        "--output",
+        str(folder / "b.json"),
+    ]
+
+
+@pytest.mark.parametrize("num_timesteps", [None, 3])
+@pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
+def test_the_bound_and_its_parts_are_printed_and_written(tmp_path, dataset, capsys, variance_type, num_timesteps):
+    argv = [*save_model(tmp_path, variance_type=variance_type), "--dataset_name", dataset, "--batch_size", "7"]
+    argv += ["--num_timesteps_per_image", "3"] if num_timesteps else []
+    result = run(*argv)
+    assert json.loads((tmp_path / "b.json").read_text()) == result
+    bound = result["bits_per_dim"]
+    pipe = MNISTDDPMPipeline.from_pretrained(tmp_path / "model")
+    images = decode_images(load_split(dataset, split="test"))
+    generator = torch.Generator().manual_seed(0)
+    expected = bits_per_dim(pipe.unet, pipe.scheduler, images, num_timesteps, 7, generator)
+    assert bound["total"] == pytest.approx(expected.total)
+    assert bound["standard_error"] == pytest.approx(expected.standard_error)
+    assert (bound["num_images"], bound["num_timesteps_per_image"]) == (60, num_timesteps or 8)
+    assert bound["L_T"] + bound["sum of L_{t-1}"] + bound["L_0"] == pytest.approx(bound["total"])
+    assert bound["L_T"] + sum(bound["quarters of t"]) == pytest.approx(bound["total"])
+    printed = capsys.readouterr()
+    assert f"{bound['total']:.4f}" in printed.out
+    assert f"{bound['schedule_cost']['background_decoder']:.4f}" in printed.out
+    assert "scores" not in result
+    assert f"{60 * (num_timesteps or 8):.0f}/{60 * (num_timesteps or 8):.0f}" in printed.err  # the progress bar
+
+
+def test_the_bound_with_another_variance_costs_a_constant_more(tmp_path, dataset):
+    argv = [*save_model(tmp_path), "--dataset_name", dataset]
+    small, large = run(*argv)["bits_per_dim"], run(*argv, "--variance_type", "fixed_large")["bits_per_dim"]
+    assert (small["variance_type"], large["variance_type"]) == ("fixed_small", "fixed_large")
+    assert small["schedule_cost"]["variance_mismatch"] == 0
+    assert large["schedule_cost"]["variance_mismatch"] > 0
+    assert large["L_0"] == pytest.approx(small["L_0"])  # the decoder's variance is the same
+
+
+@pytest.mark.parametrize(
+    ("argv", "match"),
+    [
+        (["--samples", "x.npy", "--bits_per_dim"], "--bits_per_dim needs --model"),
+        (["--model", "x", "--num_timesteps_per_image", "3"], "need --bits_per_dim"),
+        (["--model", "x", "--variance_type", "fixed_large"], "need --bits_per_dim"),
+        (["--model", "x", "--num_images", "0"], "--num_images must be at least 1"),
+        (["--model", "x", "--bits_per_dim", "--num_timesteps_per_image", "0"], "--num_timesteps_per_image"),
+    ],
+)
+def test_flags_of_the_bound_that_mean_nothing_are_refused(argv, match, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(argv)
+    assert match in capsys.readouterr().err
+
+
+def test_more_timesteps_than_there_are_is_an_error(tmp_path, dataset):
+    with pytest.raises(ValueError, match=r"num_timesteps must be from 2 .* to 8"):
+        run(*save_model(tmp_path), "--dataset_name", dataset, "--num_timesteps_per_image", "9")
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, images):

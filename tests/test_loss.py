@@ -5,7 +5,7 @@ import torch
 from batches import Batch
 from loss import DiffusionLoss, min_snr_weights, prediction_target
 
-from mnist_ddpm import MNISTDDPMScheduler
+from mnist_ddpm import MNISTDDPMScheduler, VariationalBound
 
 T = 1000
 PREDICTION_TYPES = ["epsilon", "sample", "v_prediction"]
@@ -108,3 +108,65 @@ def test_half_precision_predictions_are_compared_in_float32():
     )
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, batch.noise.pow(2).mean())
+
+
+# The bound
+
+
+def model_output(batch, channels):
+    return torch.randn(len(batch.noise), channels, 4, 4, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
+def test_vlb_is_the_bound_in_bits_per_dimension(variance_type):
+    """With the timesteps of a batch that holds each of them once, it is the sum of the terms."""
+    noise_schedule = MNISTDDPMScheduler(num_train_timesteps=6, beta_end=0.3, variance_type=variance_type)
+    batch = random_batch()._replace(timesteps=torch.arange(6))
+    output = model_output(batch, 2 if variance_type == "learned_range" else 1)
+    loss = DiffusionLoss(noise_schedule, None, torch.device("cpu"), "vlb")(lambda *args, **kwargs: (output,), batch)
+    noisy = noise_schedule.add_noise(batch.clean_images, batch.noise, batch.timesteps)
+    terms = VariationalBound(noise_schedule).term(output, batch.timesteps, noisy, batch.clean_images)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, terms.sum())
+
+
+def test_vlb_of_half_precision_predictions_is_taken_in_float32():
+    noise_schedule, batch = scheduler("epsilon"), random_batch()
+    output = model_output(batch, 1)
+    losses = [
+        DiffusionLoss(noise_schedule, None, torch.device("cpu"), "vlb")(lambda *a, x=x, **k: (x,), batch)
+        for x in (output.bfloat16(), output.bfloat16().float())
+    ]
+    assert losses[0].dtype == torch.float32
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_in_the_hybrid_the_squared_error_trains_the_prediction_and_the_bound_the_variance(prediction_type):
+    noise_schedule = MNISTDDPMScheduler(
+        beta_schedule="cosine", prediction_type=prediction_type, variance_type="learned_range"
+    )
+    batch = random_batch()
+    gradients = {}
+    for loss_type in ("hybrid", "vlb"):
+        output = model_output(batch, 2).requires_grad_()
+        loss = DiffusionLoss(noise_schedule, None, torch.device("cpu"), loss_type)(
+            lambda *args, x=output, **kwargs: (x,), batch
+        )
+        loss.backward()
+        gradients[loss_type] = output.grad.chunk(2, dim=1)
+    prediction = model_output(batch, 2).chunk(2, dim=1)[0]
+    simple = 2 * (prediction - prediction_target(noise_schedule, batch)) / prediction.numel()
+    torch.testing.assert_close(gradients["hybrid"][0], simple)
+    torch.testing.assert_close(gradients["hybrid"][1], 0.001 * gradients["vlb"][1])  # iDDPM, section 3.1
+    assert (gradients["vlb"][1] != 0).any()
+
+
+def test_the_bound_lets_a_model_learn_what_clipping_hides():
+    """An x0_hat beyond the range of the images still has a gradient where it is wrong."""
+    batch = random_batch()._replace(timesteps=torch.full((6,), 500))
+    output = torch.full_like(batch.noise, -50.0, requires_grad=True)  # x0_hat far above 1
+    loss = DiffusionLoss(scheduler("epsilon"), None, torch.device("cpu"), "vlb")(lambda *a, **k: (output,), batch)
+    loss.backward()
+    wrong = batch.clean_images < 1
+    assert (output.grad[wrong] < 0).all()

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mnist_ddpm.likelihood import VariationalBound, bits_per_dim
 from mnist_ddpm.metrics import CLASSIFIER
 from mnist_ddpm.pipeline import MNISTDDPMPipeline
 from mnist_ddpm.schedulers import MNISTDDIMScheduler, MNISTDDPMScheduler
@@ -19,5 +20,7 @@ __all__ = [
     "MNISTDDPMPipeline",
     "MNISTDDPMScheduler",
     "MNISTUNet2DModel",
+    "VariationalBound",
     "__version__",
+    "bits_per_dim",
 ]
