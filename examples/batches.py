@@ -52,11 +52,11 @@ class TrainingBatches:
         timesteps = stratified_timesteps(self.batch_size, self.num_train_timesteps, generator)
         shape = (self.batch_size, *self.images.shape[1:])
         noise = torch.randn(shape, generator=generator, device=self.device)
-        indices = self._indices(step).to(self.images.device)
+        indices = self._indices(step)
 
         parts = zip(*(x.chunk(num_micro_batches * num_processes) for x in (indices, noise, timesteps)), strict=True)
         return [
-            Batch(self.images[index].to(self.device).float() / 127.5 - 1, noise, timesteps)
+            Batch(self._to_device(self.images[index]).float() / 127.5 - 1, noise, timesteps)
             for index, noise, timesteps in list(parts)[process::num_processes]
         ]
 
@@ -72,9 +72,14 @@ class TrainingBatches:
         return torch.cat([self._orders[epoch] for epoch in epochs])[first - start : end - start]
 
     def _order(self, epoch: int) -> torch.Tensor:
-        """A random order of all images."""
+        """A random order of all images, where they are: once for an epoch, as the host waits for the device here."""
         generator = self._generator(ORDER_STREAM, epoch, torch.device("cpu"))
-        return torch.randperm(len(self.images), generator=generator)
+        return torch.randperm(len(self.images), generator=generator).to(self.images.device)
+
+    def _to_device(self, images: torch.Tensor) -> torch.Tensor:
+        """Images on the training device, without a wait for it."""
+        from_host_to_gpu = images.device.type == "cpu" and self.device.type == "cuda"
+        return images.pin_memory().to(self.device, non_blocking=True) if from_host_to_gpu else images.to(self.device)
 
     def _generator(self, stream: int, counter: int, device: torch.device) -> torch.Generator:
         """A generator whose seed is a hash of the run's seed, the stream and the counter."""

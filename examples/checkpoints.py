@@ -1,6 +1,7 @@
 """What a run leaves in its output folder: checkpoints that are whole or absent, and a log that is cut back to them.
 
-Files and folders are written aside, flushed to the disk, and renamed.
+Files and folders are written aside, flushed to the disk, and renamed; folders are renamed before they are removed. A
+run may be killed between any two lines of this file, and inside each of them: the next one knows what is whole.
 """
 
 import hashlib
@@ -15,11 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 LOG = "train_log.jsonl"
 SAMPLES = "samples.png"
+GRIDS = "samples"
 
 
 class DamagedCheckpointError(ValueError):
@@ -47,8 +51,13 @@ def check_output_dir(output_dir: Path, earlier_run_expected: bool) -> None:
 
 
 def remove_earlier_run(output_dir: Path) -> None:
-    """Remove what an earlier run left, but for the trackers' logs."""
-    for path in [*_earlier_run(output_dir), output_dir / "samples", output_dir / SAMPLES]:
+    """Remove what an earlier run left, but for the trackers' logs.
+
+    The log goes first: without it no checkpoint is the latest of a run. The checkpoints go last: as long as one is
+    there, the folder is known to hold an earlier run.
+    """
+    files = [output_dir / name for name in (LOG, GRIDS, SAMPLES, "model_index.json")]
+    for path in [*files, *reversed(list_checkpoints(output_dir))]:
         remove(path)
 
 
@@ -56,6 +65,11 @@ def _earlier_run(output_dir: Path) -> list[Path]:
     """The files and folders that tell of an earlier run."""
     files = [output_dir / LOG, output_dir / "model_index.json"]
     return [path for path in files if path.exists()] + list_checkpoints(output_dir)
+
+
+def grid_path(output_dir: Path, step: int) -> Path:
+    """Where the images that are sampled after a step are kept."""
+    return output_dir / GRIDS / f"step-{step:08}.png"
 
 
 @contextmanager
@@ -67,16 +81,34 @@ def written_aside(path: Path) -> Iterator[Path]:
     move_into_place(partial, path)
 
 
+@contextmanager
+def explained(output_dir: Path) -> Iterator[None]:
+    """Have it said where something can't be written, and what to do.
+
+    Raises:
+        OSError: with the reason and the remedy.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"--output_dir: {output_dir} can't be written to ({error}): make room, and go on from the last checkpoint "
+            "by --resume_from_checkpoint latest"
+        ) from error
+
+
 def partial_path(path: Path) -> Path:
     """Where a file or a folder is while it is being written."""
     return path.with_name(path.name + ".partial")
 
 
 def move_into_place(partial: Path, path: Path) -> None:
-    """Have a file or a folder flushed to the disk, and then take the place of `path` in one move."""
+    """Have a file or a folder flushed to the disk, and then take the place of `path` in one move.
+
+    Raises:
+        OSError: there is a folder at `path`; to take its place would take two moves.
+    """
     flush(partial)
-    if path.is_dir():  # a folder can't be moved over another
-        remove(path)
     os.replace(partial, path)
     flush(path.parent, recursive=False)
 
@@ -86,9 +118,11 @@ def replace_files(source: Path, target: Path, last: str) -> None:
     flush(source)
     for path in sorted((p for p in source.rglob("*") if p.is_file()), key=lambda p: p.name == last):
         destination = target / path.relative_to(source)
-        destination.parent.mkdir(parents=True, exist_ok=True)
+        if not destination.parent.exists():
+            destination.parent.mkdir(parents=True)
+            flush(destination.parent.parent, recursive=False)
         os.replace(path, destination)
-    flush(target, recursive=False)
+        flush(destination.parent, recursive=False)
     remove(source)
 
 
@@ -106,11 +140,16 @@ def flush(path: Path, recursive: bool = True) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir():
+    """Remove a file or a folder, if it is there; a folder is never seen with some of its files gone."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+    elif path.suffix == ".partial":
         shutil.rmtree(path)
     else:
-        path.unlink(missing_ok=True)
+        partial = partial_path(path)
+        remove(partial)
+        os.replace(path, partial)
+        shutil.rmtree(partial)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -133,14 +172,14 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         DamagedCheckpointError: a file is missing, cut short or changed.
     """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        for name, digest in manifest["files"].items():
-            if _digest(checkpoint / name) != digest:
-                raise DamagedCheckpointError(
-                    f"The checkpoint {checkpoint} is damaged: {name} is not what was written."
-                )
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+        manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_bytes())
+        changed = [name for name, digest in manifest["files"].items() if _digest(checkpoint / name) != digest]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"The checkpoint {checkpoint} is damaged: {error!r}.") from error
+    if changed:
+        raise DamagedCheckpointError(
+            f"The checkpoint {checkpoint} is damaged: {', '.join(changed)} is not what was written."
+        )
     return manifest
 
 
@@ -148,7 +187,7 @@ def find_checkpoint(requested: str, output_dir: Path) -> tuple[Path, dict[str, A
     """The checkpoint to resume from, and its manifest.
 
     Args:
-        requested: path of a checkpoint, or `"latest"` for the newest whole one.
+        requested: path of a checkpoint, or `"latest"` for the newest whole one whose steps are all in the log.
         output_dir: where to look for the latest; None is returned if there is no checkpoint at all.
 
     Raises:
@@ -169,9 +208,13 @@ def find_checkpoint(requested: str, output_dir: Path) -> tuple[Path, dict[str, A
             ) from error
 
     damaged = []
+    last_logged = max(_logged_lines(output_dir / LOG), default=0)
     for checkpoint in reversed(list_checkpoints(output_dir)):
         try:
-            return checkpoint, read_manifest(checkpoint)
+            manifest = read_manifest(checkpoint)
+            if manifest["step"] > last_logged:  # the log is flushed before a checkpoint is written
+                raise DamagedCheckpointError(f"The log beside {checkpoint} ends before it, at step {last_logged}.")
+            return checkpoint, manifest
         except DamagedCheckpointError as error:
             logger.warning("%s Passing over it.", error)
             damaged.append(checkpoint.name)
@@ -194,13 +237,16 @@ def check_settings(saved: dict[str, Any], current: dict[str, Any], checkpoint: P
         )
 
 
-def remove_checkpoints_after(step: int, output_dir: Path) -> None:
-    """Remove checkpoints beyond the step that a run goes on from, and what an end of the run left half written."""
+def cut_back(output_dir: Path, step: int) -> None:
+    """Remove checkpoints and grids beyond the step that a run goes on from, and what was left half written."""
     for path in list_checkpoints(output_dir):
         if int(path.name.split("-")[1]) > step:
             logger.warning("Removing %s: the run goes on from step %s.", path, step)
             remove(path)
-    for path in output_dir.glob("*.partial"):
+    for path in output_dir.glob(f"{GRIDS}/step-*.png"):
+        if path > grid_path(output_dir, step):
+            remove(path)
+    for path in [*output_dir.glob("*.partial"), *output_dir.glob(f"{GRIDS}/*.partial")]:
         remove(path)
 
 
@@ -212,12 +258,12 @@ def prune_checkpoints(output_dir: Path, total_limit: int | None) -> None:
 
 
 class TrainLog:
-    """A JSON object a line for each step, in a file that is cut back to `step` lines when a run goes on."""
+    """A JSON object a line for each step, in a file that is cut back to `step` when a run goes on from there."""
 
     def __init__(self, path: Path, step: int = 0):
-        lines = path.read_bytes().splitlines(keepends=True)[:step] if path.exists() else []
+        lines = _logged_lines(path)
         with written_aside(path) as partial:
-            partial.write_bytes(b"".join(lines))
+            partial.write_bytes(b"".join(lines[logged] for logged in sorted(lines) if logged <= step))
         self.file = path.open("a")
 
     def write(self, records: list[dict[str, Any]]) -> None:
@@ -228,6 +274,19 @@ class TrainLog:
     def flush(self) -> None:
         """Have all records written to the disk."""
         os.fsync(self.file.fileno())
+
+
+def _logged_lines(path: Path) -> dict[int, bytes]:
+    """The lines of a log by their steps, up to one that was cut short."""
+    lines = {}
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            step = json.loads(line)["step"]
+        except ValueError:
+            break
+        if line.endswith(b"\n"):
+            lines[step] = line
+    return lines
 
 
 def _digest(path: Path) -> str:

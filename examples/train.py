@@ -30,12 +30,18 @@ def number(kind: type, allowed: Callable[[Any], bool], range_in_words: str) -> C
     return parse
 
 
-positive_int = number(int, lambda n: n >= 1, "an integer of at least 1")
-non_negative_int = number(int, lambda n: n >= 0, "an integer of at least 0")
+positive_int = number(int, lambda n: 1 <= n < 2**31, "an integer of at least 1, below 2**31")
+non_negative_int = number(int, lambda n: 0 <= n < 2**31, "an integer of at least 0, below 2**31")
+# what schedulers, U-Nets and grids of images go up to
+num_timesteps = number(int, lambda n: 1 <= n <= 100_000, "an integer from 1 to 100,000")
+pixels = number(int, lambda n: 1 <= n <= 4096, "an integer from 1 to 4096")
+grid_size = number(int, lambda n: 1 <= n <= 10_000, "an integer from 1 to 10,000")
+batch = number(int, lambda n: 1 <= n <= 1_000_000, "an integer from 1 to 1,000,000")
 seed = number(int, lambda n: 0 <= n < 2**32, "an integer in [0, 2**32)")
 positive = number(float, lambda x: 0 < x < math.inf, "a number above 0")
 positive_or_inf = number(float, lambda x: x > 0, "a number above 0, or inf")
 non_negative = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+finite = number(float, math.isfinite, "a finite number")
 fraction = number(float, lambda x: 0 <= x < 1, "a number in [0, 1)")
 
 
@@ -43,7 +49,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the flags."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
-        description="Train a diffusion model on images.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Train a diffusion model on images.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # the command is kept beside the results, but for --hub_token
     )
     flag = argparse.BooleanOptionalAction
 
@@ -56,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--dataset_config_name", help="Configuration of the data set, where it has more than one.")
     data.add_argument("--split", default="train", help="Split to train on; slices such as train[:1000] work too.")
     data.add_argument("--image_column", default="image", help="Column with the images.")
-    data.add_argument("--resolution", type=positive_int, help="Resize and center-crop the images to this size.")
+    data.add_argument("--resolution", type=pixels, help="Resize and center-crop the images to this size.")
     data.add_argument("--cache_dir", help="Where `datasets` keeps what it has prepared.")
 
     model = parser.add_argument_group("model")
@@ -65,22 +73,51 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="U-Net config (a folder or a Hub id), of an MNISTUNet2DModel or a UNet2DModel; by default the former as "
         "it comes, at the size of the images.",
     )
-    model.add_argument("--prediction_type", default="epsilon", choices=["epsilon", "sample", "v_prediction"])
-    model.add_argument("--ddpm_num_steps", type=positive_int, default=1000, help="Training timesteps T.")
-    model.add_argument("--ddpm_beta_schedule", default="squaredcos_cap_v2", help="As the scheduler's beta_schedule.")
+    model.add_argument(
+        "--prediction_type",
+        default="v_prediction",
+        choices=["epsilon", "sample", "v_prediction"],
+        help="What the U-Net predicts: the noise, the image, or a mixture of both that is well posed at every t.",
+    )
+    model.add_argument(
+        "--variance_type",
+        default="fixed_small",
+        choices=["fixed_small", "fixed_large", "learned_range"],
+        help="Variance of the backward noise: the posterior's, beta, or learned between the two.",
+    )
+    model.add_argument("--ddpm_num_steps", type=num_timesteps, default=1000, help="Training timesteps T.")
+    model.add_argument(
+        "--ddpm_beta_schedule",
+        default="squaredcos_cap_v2",
+        choices=["linear", "scaled_linear", "cosine", "squaredcos_cap_v2", "sigmoid"],
+    )
+    model.add_argument(
+        "--ddpm_log_snr",
+        type=finite,
+        nargs=2,
+        metavar=("MAX", "MIN"),
+        help="Instead of a beta_schedule, for likelihood: a log SNR that falls from MAX to MIN in equal steps.",
+    )
 
     training = parser.add_argument_group("training")
-    training.add_argument("--num_epochs", type=positive_int, default=12)
+    training.add_argument("--num_epochs", type=positive_int, default=20)
     training.add_argument("--max_train_steps", type=positive_int, help="Overrides --num_epochs.")
-    training.add_argument("--train_batch_size", type=positive_int, default=64, help="Per process and micro-batch.")
+    training.add_argument("--train_batch_size", type=batch, default=64, help="Per process and micro-batch.")
     training.add_argument("--gradient_accumulation_steps", type=positive_int, default=1)
-    training.add_argument("--learning_rate", type=positive, default=1e-3)
+    training.add_argument("--learning_rate", type=positive, default=2e-3)
     training.add_argument(
         "--lr_scheduler",
         default="cosine",
         choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
     )
     training.add_argument("--lr_warmup_steps", type=non_negative_int, default=500)
+    training.add_argument(
+        "--loss_type",
+        default="simple",
+        choices=["simple", "vlb", "hybrid"],
+        help="The squared error of the prediction; the variational bound in bits per dimension; or the squared error "
+        "for the prediction and 0.001 of the bound for the learned variance (iDDPM, arXiv 2102.09672).",
+    )
     training.add_argument(
         "--snr_gamma", type=positive, help="Min-SNR loss weights (arXiv 2303.09556) with this gamma."
     )
@@ -121,8 +158,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=100,
         help="In the first epoch, sample images after this many steps, then after twice as many, and so on; 0: never.",
     )
-    output.add_argument("--eval_batch_size", type=positive_int, default=64, help="Images to sample.")
-    output.add_argument("--ddpm_num_inference_steps", type=positive_int, default=50, help="DDIM steps to sample in.")
+    output.add_argument("--eval_batch_size", type=grid_size, default=64, help="Images to sample.")
+    output.add_argument("--ddpm_num_inference_steps", type=num_timesteps, default=50, help="DDIM steps to sample in.")
     output.add_argument("--checkpointing_steps", type=positive_int, default=500)
     output.add_argument("--checkpoints_total_limit", type=positive_int, default=3, help="Keep the newest ones only.")
     output.add_argument("--resume_from_checkpoint", help="Path of a checkpoint, or latest.")
@@ -131,6 +168,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     hub = parser.add_argument_group("hub")
     hub.add_argument("--push_to_hub", action="store_true", help="Publish the pipeline when training ends.")
+    hub.add_argument(
+        "--hub_strategy",
+        default="end",
+        choices=["end", "checkpoint", "all_checkpoints"],
+        help="Besides the pipeline at the end, publish each checkpoint: as last-checkpoint, or under its own name.",
+    )
     hub.add_argument("--hub_model_id", help="Repository; by default the name of --output_dir.")
     hub.add_argument("--hub_token", help="By default the stored one (HF_TOKEN or `hf auth login`).")
     hub.add_argument("--hub_private_repo", action="store_true", help="Create the repository as a private one.")
@@ -141,6 +184,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             f"--ddpm_num_inference_steps {args.ddpm_num_inference_steps} must not be above --ddpm_num_steps "
             f"{args.ddpm_num_steps}"
         )
+    if args.ddpm_log_snr and args.ddpm_beta_schedule != parser.get_default("ddpm_beta_schedule"):
+        parser.error("--ddpm_log_snr and --ddpm_beta_schedule exclude each other")
+    learned = args.variance_type == "learned_range"
+    if args.loss_type == "simple" and learned:
+        parser.error("--variance_type learned_range needs --loss_type hybrid or vlb: simple does not train a variance")
+    if args.loss_type == "hybrid" and not learned:
+        parser.error("--loss_type hybrid needs --variance_type learned_range: its second part trains the variance")
+    if args.loss_type == "vlb" and args.snr_gamma:
+        parser.error("--snr_gamma weights the squared error, which --loss_type vlb has not")
     if args.overwrite_output_dir and args.resume_from_checkpoint:
         parser.error("--overwrite_output_dir and --resume_from_checkpoint exclude each other")
     args.command = ["accelerate", "launch", "examples/train.py", *argv]
@@ -157,6 +209,8 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse_args())
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted: --resume_from_checkpoint latest goes on from the last checkpoint")
     except Exception as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
         if raised_in != HERE and raised_in.name != "mnist_ddpm":

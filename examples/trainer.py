@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -19,13 +20,15 @@ from checkpoints import (
     TrainLog,
     check_output_dir,
     check_settings,
+    cut_back,
+    explained,
     find_checkpoint,
+    grid_path,
     list_checkpoints,
     move_into_place,
     partial_path,
     prune_checkpoints,
     remove,
-    remove_checkpoints_after,
     remove_earlier_run,
     replace_files,
     write_manifest,
@@ -44,22 +47,21 @@ from diffusers.optimization import get_scheduler
 from loss import DiffusionLoss
 from machine import StopSignal, compile_model, set_cpu_threads
 from PIL import Image
-from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 from train import MNIST
 
 from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline
-from mnist_ddpm.hub import check_repository, publish, write_card
+from mnist_ddpm.hub import check_repository, publish, publish_checkpoint, write_card
 from mnist_ddpm.images import image_grid
 
 REPORT_STEPS = 10  # steps from one look at the losses to the next; a look waits for the device
 
 # flags that a resumed run must share with the run that wrote its checkpoint
 FIXED_FLAGS = (
-    "seed", "prediction_type", "ddpm_num_steps", "ddpm_beta_schedule", "snr_gamma", "learning_rate", "adam_beta1",
-    "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "use_ema", "ema_inv_gamma", "ema_power",
-    "ema_max_decay",
+    "seed", "prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule", "ddpm_log_snr", "loss_type",
+    "snr_gamma", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
+    "use_ema", "ema_inv_gamma", "ema_power", "ema_max_decay",
 )  # fmt: skip
 
 logger = get_logger(__name__, log_level="INFO")
@@ -89,7 +91,8 @@ class Trainer:
             check_output_dir(self.output_dir, earlier_run_expected=bool(args.overwrite_output_dir or goes_on_here))
             if args.push_to_hub:
                 name = args.hub_model_id or self.output_dir.resolve().name
-                self.repo_id = check_repository(name, token=args.hub_token, private=args.hub_private_repo)
+                private = args.hub_private_repo or None  # or as the namespace has it
+                self.repo_id = check_repository(name, token=args.hub_token, private=private)
         threads = set_cpu_threads()
         set_seed(args.seed)
 
@@ -101,9 +104,11 @@ class Trainer:
         self.batches = TrainingBatches(images, self.batch_size, args.ddpm_num_steps, args.seed, accelerator.device)
 
         self.scheduler = make_scheduler(args)
-        self.loss = DiffusionLoss(self.scheduler, args.snr_gamma, accelerator.device)
-        unet = make_unet(unet_config, images).to(accelerator.device, memory_format=torch.channels_last)
-        self.pipeline = MNISTDDPMPipeline(unet=copy.deepcopy(unet), scheduler=self.scheduler)  # what gets saved
+        self.loss = DiffusionLoss(self.scheduler, args.snr_gamma, accelerator.device, args.loss_type)
+        unet = make_unet(unet_config, images, args.variance_type)
+        unet = unet.to(accelerator.device, memory_format=torch.channels_last)
+        # what gets saved and sampled from, without dropout
+        self.pipeline = MNISTDDPMPipeline(unet=copy.deepcopy(unet).eval(), scheduler=self.scheduler)
         self.ema = make_ema(unet, args)
         optimizer = make_optimizer(unet, args)
         # not prepared by Accelerate, which would step it once for each process
@@ -127,7 +132,9 @@ class Trainer:
             accelerator.load_state(str(checkpoint))
             if self.ema:
                 self.ema.to(accelerator.device)
-        self._open_logs()
+        self.unreported: list[tuple[float, torch.Tensor]] = []  # learning rate; loss and gradient norm, on the device
+        with explained(self.output_dir):
+            self._open_logs()
         logger.info(
             f"{self.num_images:,} images of shape {tuple(images.shape[1:])} on {images.device}, U-Net of "
             f"{sum(p.numel() for p in unet.parameters()):,} parameters, steps {self.first_step:,} to "
@@ -162,7 +169,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             if self.args.overwrite_output_dir:
                 remove_earlier_run(self.output_dir)
-            remove_checkpoints_after(self.first_step, self.output_dir)
+            cut_back(self.output_dir, self.first_step)
             self.log = TrainLog(self.output_dir / LOG, self.first_step)
         kwargs = {"tensorboard": {"purge_step": self.first_step + 1}} if self.args.logger == "tensorboard" else {}
         self.accelerator.init_trackers("train", config=self._flags(), init_kwargs=kwargs)
@@ -170,35 +177,47 @@ class Trainer:
     # Training --------------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Train to the last step, or until SIGINT or SIGTERM; publish the pipeline if asked to."""
-        self.unreported: list[tuple[float, torch.Tensor]] = []  # learning rate; loss and gradient norm, on the device
+        """Train to the last step, or until SIGINT or SIGTERM; publish the pipeline if asked to.
+
+        Raises:
+            FloatingPointError: a number is not finite; the last good checkpoint is kept.
+            OSError: the output folder can't be written to; the last checkpoint is kept.
+        """
+        with explained(self.output_dir):
+            with StopSignal() as self.stop_signal, self._progress_bar() as self.progress:
+                stopping = self._train()
+            self.accelerator.end_training()
+            if self.accelerator.is_main_process:
+                self._finish(stopping)
+
+    def _train(self) -> bool:
+        """Train to the last step, or until a signal to stop; returns whether there was one."""
         self._restart_clock(self.first_step)
-        stopping = False
-        with StopSignal() as stop_signal, self._progress_bar() as self.progress:
-            for step in range(self.first_step, self.total_steps):
-                self._training_step(step)
-                done = step + 1
-                self.progress.update()
+        stopping = self._make_up_for_images()
+        for step in range(self.first_step, self.total_steps):
+            if stopping:
+                break
+            self.training_step(step)
+            done = step + 1
+            self.progress.update()
 
-                stopping = done < self.total_steps and self._agree(stop_signal.received, done)
-                images_due = self._images_due(done)
-                pipeline_due = stopping or self._every_epochs(self.args.save_model_epochs, done)
-                checkpoint_due = stopping or done == self.total_steps or done % self.args.checkpointing_steps == 0
-                if done % REPORT_STEPS == 0 or images_due or pipeline_due or checkpoint_due:
-                    self._report(done)  # stops the run where the loss is not finite, before that is saved
-                if images_due:
-                    self._save_images(done)
-                if pipeline_due:
-                    self._save_pipeline()
-                if checkpoint_due:
-                    self._save_checkpoint(done)
-                if stopping:
-                    break
-        self.accelerator.end_training()
-        if self.accelerator.is_main_process:
-            self._finish(stopping)
+            if self._images_due(done):
+                self._report(done)  # stops the run where a number is not finite, before that is saved
+                self._save_images(done)
+            stopping = self._agree_to_stop(done)
+            pipeline_due = stopping or self._every_epochs(self.args.save_model_epochs, done)
+            checkpoint_due = stopping or done == self.total_steps or done % self.args.checkpointing_steps == 0
+            if done % REPORT_STEPS == 0 or pipeline_due or checkpoint_due:
+                self._report(done)
+            if pipeline_due:
+                self._save_pipeline()
+            if checkpoint_due:
+                self._save_checkpoint(done)
+            if checkpoint_due and not stopping:
+                self._push_checkpoint(done)
+        return stopping
 
-    def _training_step(self, step: int) -> None:
+    def training_step(self, step: int) -> None:
         """One optimizer step, without a wait for the device."""
         losses = []
         for batch in self._micro_batches(step):
@@ -227,11 +246,12 @@ class Trainer:
 
     # When ------------------------------------------------------------------------------------------------------------
 
-    def _agree(self, stop: bool, done: int) -> bool:
+    def _agree_to_stop(self, done: int) -> bool:
         """Whether to stop; several processes ask each other now and then, so that all stop at the same step."""
+        stop = self.stop_signal.received
         if self.accelerator.num_processes == 1:
             return stop
-        if done % REPORT_STEPS:
+        if done % REPORT_STEPS and not self._images_due(done):
             return False
         return self.accelerator.reduce(torch.tensor(float(stop), device=self.accelerator.device)).item() > 0
 
@@ -263,8 +283,10 @@ class Trainer:
         """Log the steps up to `done` that have not been reported yet.
 
         Raises:
-            FloatingPointError: a loss or a gradient is not finite.
+            FloatingPointError: a loss, a gradient or a weight is not finite.
         """
+        if not self.unreported:
+            return
         rates, figures = zip(*self.unreported, strict=True)
         self.unreported = []
         means = self.accelerator.reduce(torch.stack(figures), reduction="mean").tolist()
@@ -274,6 +296,7 @@ class Trainer:
         ]
         for record in records:
             self._check_finite(record)
+        self._check_weights(done)
         if self.accelerator.is_main_process:
             self.log.write(records)
         start, start_step = self.clock
@@ -290,19 +313,28 @@ class Trainer:
     def _check_finite(self, record: dict[str, float]) -> None:
         """Raise if the loss or the gradient of a step is not finite.
 
-        In fp16 a gradient overflows now and then; its step is skipped, and the scale lowered.
+        In fp16 a gradient overflows now and then; its step is skipped, and the scale halved, but hardly ever below 1.
         """
-        if math.isfinite(record["loss"]) and (math.isfinite(record["grad_norm"]) or self.accelerator.scaler):
+        scaler = self.accelerator.scaler
+        finite = math.isfinite(record["grad_norm"]) or (scaler is not None and scaler.get_scale() >= 1)
+        if math.isfinite(record["loss"]) and finite:
             return
+        self._stop_at(record["step"], f"the loss is {record['loss']}, the gradient's norm {record['grad_norm']}")
+
+    def _check_weights(self, done: int) -> None:
+        """Raise if the weights are not finite: an update may overflow where loss and gradient did not."""
+        if not torch.stack([weight.isfinite().all() for weight in self.unet.state_dict().values()]).all():
+            self._stop_at(done, "the weights became infinite or NaN")
+
+    def _stop_at(self, step: int, reason: str) -> NoReturn:
+        """Raise, with the step, the checkpoint to go back to, and the remedy."""
         checkpoints = list_checkpoints(self.output_dir)
-        last_good = checkpoints[-1] if checkpoints else "none"
         raise FloatingPointError(
-            f"step {record['step']}: the loss is {record['loss']}, the gradient's norm {record['grad_norm']}. The "
-            f"last good checkpoint is {last_good}. Try a lower --learning_rate, a lower --max_grad_norm, or "
-            "--mixed_precision no."
+            f"step {step}: {reason}. The last good checkpoint is {checkpoints[-1] if checkpoints else 'none'}. Try a "
+            "lower --learning_rate, a lower --max_grad_norm, or --mixed_precision no."
         )
 
-    def _published_pipeline(self) -> MNISTDDPMPipeline:
+    def published_pipeline(self) -> MNISTDDPMPipeline:
         """The pipeline with the weights as they are to be saved: averaged, if there is an average."""
         parameters = self.pipeline.unet.parameters()
         if self.ema:
@@ -311,65 +343,99 @@ class Trainer:
             self.pipeline.unet.load_state_dict(self.accelerator.unwrap_model(self.unet).state_dict())
         return self.pipeline
 
+    def _make_up_for_images(self) -> bool:
+        """Save the images that a signal to stop had cut off; returns whether there is one again."""
+        done = self.first_step
+        if done == 0 or not self._images_due(done):
+            return False
+        if not grid_path(self.output_dir, done).exists():
+            self._save_images(done)
+        return self._agree_to_stop(done)
+
     def _save_images(self, done: int) -> None:
-        """Save a grid of sampled images, and send it to the tracker."""
-        if self.accelerator.is_main_process:
-            grid = self._sample_grid()
-            save_image(grid, self.output_dir / "samples" / f"step-{done:08}.png")
+        """Save a grid of sampled images, and send it to the tracker; not if a signal to stop comes."""
+        if self.accelerator.is_main_process and (grid := self._sample_grid()):
             save_image(grid, self.output_dir / SAMPLES)
+            save_image(grid, grid_path(self.output_dir, done))  # last, as it tells that all is done
             for tracker in self.accelerator.trackers:
                 kwargs = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=done, **kwargs)
         self._restart_clock(done)
 
-    def _sample_grid(self) -> Image.Image:
-        """Images from the same noise each time, by DDIM, which needs far fewer steps than DDPM."""
-        scheduler = MNISTDDIMScheduler.from_config(self.scheduler.config)
-        pipeline = MNISTDDPMPipeline(unet=self._published_pipeline().unet, scheduler=scheduler)
+    def _sample_grid(self, stoppable: bool = True) -> Image.Image | None:
+        """Images from the same noise each time, by DDIM, which needs far fewer steps than DDPM.
+
+        If it is stoppable, None once there is a signal to stop.
+        """
+        # DDIM takes no learned variance, and without noise needs none
+        scheduler = MNISTDDIMScheduler.from_config(self.scheduler.config, variance_type="fixed_small")
+        pipeline = MNISTDDPMPipeline(unet=self.published_pipeline().unet, scheduler=scheduler)
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(self.args.seed)
-        steps = self.args.ddpm_num_inference_steps
-        return image_grid(pipeline(self.args.eval_batch_size, generator, num_inference_steps=steps).images)
+
+        def heed_signal(run: MNISTDDPMPipeline, *step: object) -> dict[str, torch.Tensor]:
+            run._interrupt = stoppable and self.stop_signal.received
+            return {}
+
+        images = pipeline(
+            self.args.eval_batch_size,
+            generator,
+            num_inference_steps=self.args.ddpm_num_inference_steps,
+            callback_on_step_end=heed_signal,
+        ).images
+        return None if stoppable and self.stop_signal.received else image_grid(images)
 
     def _save_pipeline(self) -> None:
         """Save the pipeline, so that at any moment either the old one or the new one is there."""
         if self.accelerator.is_main_process:
             partial = partial_path(self.output_dir / "pipeline")
             remove(partial)
-            self._published_pipeline().save_pretrained(partial)
+            self.published_pipeline().save_pretrained(partial)
             replace_files(partial, self.output_dir, last="model_index.json")
 
     def _save_checkpoint(self, done: int) -> None:
         """Save all that it takes to go on from here: weights, average, optimizer, step."""
         checkpoint = self.output_dir / f"checkpoint-{done}"
         partial = partial_path(checkpoint)
+        if self.accelerator.is_main_process:
+            self.log.flush()
+            remove(partial)
+        self.accelerator.wait_for_everyone()
         try:
-            if self.accelerator.is_main_process:
-                self.log.flush()
-                remove(partial)
-            self.accelerator.wait_for_everyone()
             self.accelerator.save_state(str(partial))
-            self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                write_manifest(partial, done, self.settings)
-                move_into_place(partial, checkpoint)
-                prune_checkpoints(self.output_dir, self.args.checkpoints_total_limit)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise OSError(
-                f"{checkpoint} can't be written ({error}): make room, and go on from the one before it by "
-                "--resume_from_checkpoint latest"
-            ) from error
+        except RuntimeError as error:  # what torch.save raises when it can't write
+            raise OSError(str(error)) from error
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            write_manifest(partial, done, self.settings)
+            move_into_place(partial, checkpoint)
+            prune_checkpoints(self.output_dir, self.args.checkpoints_total_limit)
+        self._restart_clock(done)
+
+    def _push_checkpoint(self, done: int) -> None:
+        """Publish a checkpoint if asked to; where that fails, training goes on."""
+        strategy = self.args.hub_strategy
+        if not (self.args.push_to_hub and strategy != "end" and self.accelerator.is_main_process):
+            return
+        name = "last-checkpoint" if strategy == "checkpoint" else None
+        try:
+            checkpoint = self.output_dir / f"checkpoint-{done}"
+            publish_checkpoint(checkpoint, self.repo_id, name, token=self.args.hub_token)
+        except RuntimeError as error:
+            logger.warning(f"Training goes on, but {error}")
         self._restart_clock(done)
 
     def _finish(self, stopped: bool) -> None:
         """Complete the folder, say what there is now, and publish it if asked to."""
-        if not (self.output_dir / SAMPLES).exists():  # stopped before the first images were due
-            save_image(self._sample_grid(), self.output_dir / SAMPLES)
-        write_card(self.output_dir, dataset=self._dataset_id(), command=self.args.command, parameters=self._flags())
-        logger.info(f"The pipeline is in {self.output_dir}, its latest samples in {self.output_dir / SAMPLES}")
         if stopped:
             logger.info("Stopped early. The same command with --resume_from_checkpoint latest goes on from here.")
-        elif self.args.push_to_hub:
+        if not (self.output_dir / "model_index.json").exists():  # resumed at its last step, in a folder that was empty
+            self._save_pipeline()
+        if not (self.output_dir / SAMPLES).exists() and (grid := self._sample_grid(stoppable=False)):
+            save_image(grid, self.output_dir / SAMPLES)  # stopped before the first images were due
+        write_card(self.output_dir, dataset=self._dataset_id(), command=self.args.command, parameters=self._flags())
+        logger.info(f"The pipeline is in {self.output_dir}, its latest samples in {self.output_dir / SAMPLES}")
+        if not stopped and self.args.push_to_hub:
             url = publish(self.output_dir, self.repo_id, token=self.args.hub_token)
             logger.info(f"Published: {url}")
 

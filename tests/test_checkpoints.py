@@ -1,6 +1,9 @@
 """What a run leaves in its folder: whole or absent, and refused by name where it is damaged."""
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 from checkpoints import (
@@ -8,12 +11,14 @@ from checkpoints import (
     TrainLog,
     check_output_dir,
     check_settings,
+    cut_back,
     find_checkpoint,
+    grid_path,
     list_checkpoints,
     move_into_place,
     prune_checkpoints,
     read_manifest,
-    remove_checkpoints_after,
+    remove,
     remove_earlier_run,
     replace_files,
     write_manifest,
@@ -22,6 +27,7 @@ from checkpoints import (
 
 
 def make_checkpoint(output_dir, step):
+    TrainLog(output_dir / "train_log.jsonl").write([{"step": done + 1} for done in range(step)])
     checkpoint = output_dir / f"checkpoint-{step}"
     (checkpoint / "unet").mkdir(parents=True)
     (checkpoint / "unet" / "weights").write_bytes(bytes(100))
@@ -108,9 +114,45 @@ def test_pruning_keeps_the_newest(tmp_path):
 def test_going_on_from_a_step_removes_what_came_after_it(tmp_path):
     for step in (9, 10, 100):
         make_checkpoint(tmp_path, step)
+        grid_path(tmp_path, step).parent.mkdir(exist_ok=True)
+        grid_path(tmp_path, step).touch()
     (tmp_path / "checkpoint-200.partial").mkdir()
-    remove_checkpoints_after(10, tmp_path)
-    assert sorted(names(tmp_path.iterdir())) == ["checkpoint-10", "checkpoint-9"]
+    (tmp_path / "samples" / "step-00000012.png.partial").touch()
+    cut_back(tmp_path, 10)
+    assert sorted(names(tmp_path.iterdir())) == ["checkpoint-10", "checkpoint-9", "samples", "train_log.jsonl"]
+    assert sorted(names((tmp_path / "samples").iterdir())) == ["step-00000009.png", "step-00000010.png"]
+
+
+def test_latest_must_be_in_the_log(tmp_path, caplog):
+    """What is left where the removal of an earlier run was cut off, which begins with the log, is not a run."""
+    for step in (3, 6):
+        make_checkpoint(tmp_path, step)
+    TrainLog(tmp_path / "train_log.jsonl", 5)
+    assert find_checkpoint("latest", tmp_path)[0] == tmp_path / "checkpoint-3"
+    assert "The log beside" in caplog.text
+    assert "checkpoint-6 ends before it, at step 5. Passing over it." in caplog.text
+    (tmp_path / "train_log.jsonl").unlink()
+    with pytest.raises(DamagedCheckpointError, match=r"all checkpoints .* \(checkpoint-6, checkpoint-3\)"):
+        find_checkpoint("latest", tmp_path)
+    assert find_checkpoint(str(tmp_path / "checkpoint-6"), tmp_path)[0] == tmp_path / "checkpoint-6"
+
+
+@pytest.mark.parametrize(
+    "content", [b"\0" * 80, b"\xff\xfe", b"[]", b"3", b"{}", b'{"files": 3}', b'{"files": {"a": 0}}']
+)
+def test_manifest_that_is_something_else_is_damage(tmp_path, content):
+    (make_checkpoint(tmp_path, 3) / "manifest.json").write_bytes(content)
+    with pytest.raises(DamagedCheckpointError, match="checkpoint-3 is damaged"):
+        read_manifest(tmp_path / "checkpoint-3")
+
+
+def test_folder_is_out_of_the_way_before_its_files_go(tmp_path, monkeypatch):
+    checkpoint = make_checkpoint(tmp_path, 3)
+    seen = []
+    monkeypatch.setattr("shutil.rmtree", lambda path: seen.append((path.name, read_manifest(path)["step"])))
+    remove(checkpoint)
+    assert seen == [("checkpoint-3.partial", 3)]
+    assert not checkpoint.exists()
 
 
 def test_what_is_written_aside_takes_its_place_only_when_whole(tmp_path):
@@ -127,12 +169,47 @@ def test_what_is_written_aside_takes_its_place_only_when_whole(tmp_path):
     assert names(tmp_path.iterdir()) == ["file"]
 
 
-def test_a_folder_takes_the_place_of_another(tmp_path):
+def test_a_folder_does_not_take_the_place_of_another(tmp_path):
+    """It would take two moves, and between them there would be neither."""
     for name, content in (("new", "new"), ("checkpoint-1", "old")):
         (tmp_path / name).mkdir()
         (tmp_path / name / content).touch()
-    move_into_place(tmp_path / "new", tmp_path / "checkpoint-1")
-    assert names(tmp_path.rglob("*")) == ["checkpoint-1", "new"]
+    with pytest.raises(OSError, match="checkpoint-1"):
+        move_into_place(tmp_path / "new", tmp_path / "checkpoint-1")
+    assert sorted(names(tmp_path.rglob("*"))) == ["checkpoint-1", "new", "new", "old"]
+    move_into_place(tmp_path / "new", tmp_path / "checkpoint-2")
+    assert names((tmp_path / "checkpoint-2").iterdir()) == ["new"]
+
+
+def test_all_is_flushed_before_it_is_moved_and_its_new_folder_afterwards(tmp_path, monkeypatch):
+    flushed, moved = [], []
+
+    def fsync(file):
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{file}")))
+
+    def replace(source, target):
+        moved.append((source, target, set(flushed)))
+        flushed.clear()
+        Path(source).rename(target)
+
+    partial, folder = tmp_path / "checkpoint-3.partial", tmp_path / "checkpoint-3"
+    make_checkpoint(tmp_path, 3).rename(partial)
+    everything = {partial, *partial.rglob("*")}
+    monkeypatch.setattr("os.fsync", fsync)
+    monkeypatch.setattr("os.replace", replace)
+    move_into_place(partial, folder)
+    assert moved == [(partial, folder, everything)]
+    assert flushed == [tmp_path]
+
+    source, target = folder.rename(tmp_path / "pipeline.partial"), tmp_path / "run"
+    everything = {source, *source.rglob("*")}
+    moved.clear(), flushed.clear()
+    replace_files(source, target, last="manifest.json")
+    assert everything <= moved[0][2]
+    assert moved[-1][1] == target / "manifest.json"
+    folders = [path.parent for _, path, _ in moved]
+    assert all(folder in flushed for folder, (_, _, flushed) in zip(folders[:-1], moved[1:], strict=True))
+    assert flushed == [target]
 
 
 def test_files_are_replaced_among_others_that_stay(tmp_path):
@@ -158,12 +235,26 @@ def test_log_is_cut_back_and_goes_on(tmp_path):
     log.flush()
     with path.open("a") as file:
         file.write('{"step": 6, "lo')  # cut short
+    TrainLog(path, 9)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
     TrainLog(path, 3).write([{"step": 4, "loss": 0.5}])
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1},
         {"step": 2},
         {"step": 3},
         {"step": 4, "loss": 0.5},
+    ]
+
+
+def test_log_that_begins_later_is_cut_back_by_its_steps(tmp_path):
+    """As that of a run that went on in a folder of its own."""
+    path = tmp_path / "log.jsonl"
+    TrainLog(path).write([{"step": step} for step in (11, 12, 13)])
+    TrainLog(path, 12).write([{"step": 13, "loss": 0.5}])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 11},
+        {"step": 12},
+        {"step": 13, "loss": 0.5},
     ]
 
 
@@ -185,3 +276,44 @@ def test_earlier_run_is_refused_and_kept_unless_expected(tmp_path, name):
     assert (tmp_path / name).exists()
     remove_earlier_run(tmp_path)
     assert names(tmp_path.iterdir()) == ["photo.jpg"]
+
+
+def test_removal_of_an_earlier_run_may_be_cut_off_anywhere(tmp_path, monkeypatch):
+    """What is left of the earlier run is never taken for the latest checkpoint of the one that replaces it."""
+
+    class Cut(BaseException):
+        pass
+
+    def cut_off_after(operations, patch):
+        left = iter(range(operations))
+
+        def counted(do):
+            def operation(*args, **kwargs):
+                if next(left, None) is None:
+                    raise Cut
+                return do(*args, **kwargs)
+
+            return operation
+
+        for name, do in {"os.replace": os.replace, "os.unlink": os.unlink, "shutil.rmtree": shutil.rmtree}.items():
+            patch.setattr(name, counted(do))
+
+    for count in range(9):
+        run = tmp_path / str(count)
+        run.mkdir()
+        for step in (3, 6):
+            make_checkpoint(run, step)
+        (run / "samples").mkdir()
+        (run / "samples.png").touch()
+        (run / "model_index.json").touch()
+        with monkeypatch.context() as patch:
+            cut_off_after(count, patch)
+            with pytest.raises(Cut):
+                remove_earlier_run(run)
+        with pytest.raises(ValueError, match="holds an earlier run"):
+            check_output_dir(run, earlier_run_expected=False)
+        if count == 0:
+            assert find_checkpoint("latest", run)[0].name == "checkpoint-6"
+        else:
+            with pytest.raises(DamagedCheckpointError, match="start anew"):
+                find_checkpoint("latest", run)

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 import train
 from checkpoints import list_checkpoints
@@ -69,6 +72,56 @@ def test_one_and_two_processes_learn_the_same(command, tmp_path):
     for key in ("loss", "grad_norm", "lr"):
         np.testing.assert_allclose([r[key] for r in two], [r[key] for r in one], rtol=1e-4)
         np.testing.assert_allclose([r[key] for r in resumed], [r[key] for r in one[10:]], rtol=1e-4)
+
+
+def test_two_processes_stop_where_a_number_is_not_finite(command, tmp_path):
+    """Both raise, with the step; none is left to wait for the other."""
+    flags = [
+        "--train_batch_size",
+        4,
+        "--max_train_steps",
+        50,
+        "--learning_rate",
+        1e30,
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    result = subprocess.run(
+        command(2, *flags, "--lr_warmup_steps", 3), env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 1
+    assert len(re.findall(r"error: step \d+: .* The last good checkpoint is none", result.stderr)) == 2, result.stderr
+    assert not list(tmp_path.glob("run/**/*.safetensors"))
+
+
+def test_run_of_two_processes_goes_on_when_one_of_them_was_killed(command, tmp_path):
+    """To the same bits as a run of two processes that nothing happened to; the other one does not hang."""
+    flags = [
+        "--train_batch_size",
+        4,
+        "--max_train_steps",
+        60,
+        "--checkpointing_steps",
+        5,
+        "--checkpoints_total_limit",
+        2,
+    ]
+    flags += ["--resume_from_checkpoint", "latest", "--output_dir"]
+    run(command(2, *flags, tmp_path / "whole"))
+    with subprocess.Popen(command(2, *flags, tmp_path / "run"), env=ENVIRONMENT, stderr=subprocess.PIPE) as launcher:
+        while launcher.poll() is None and not list_checkpoints(tmp_path / "run"):
+            time.sleep(0.1)
+        os.kill(psutil.Process(launcher.pid).children()[1].pid, signal.SIGKILL)
+        launcher.communicate(timeout=120)
+    assert launcher.returncode == 1
+    assert len(read_log(tmp_path / "run")) < 60
+    assert "Resuming from" in run(command(2, *flags, tmp_path / "run"))
+    for name in (
+        "train_log.jsonl",
+        "samples.png",
+        *(f"checkpoint-60/{name}" for name in ("model.safetensors", "optimizer.bin")),
+    ):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_two_processes_stop_at_the_same_step(command, tmp_path):

@@ -1,0 +1,296 @@
+"""Kill training runs in the midst of writes, flushes and renames and at random; resume them; compare how they end.
+
+Each run of `examples/train.py` is a process of its own, forked from this one, which has imported what takes long.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import runpy
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+from checkpoints import list_checkpoints  # noqa: E402
+from evaluate import provenance  # noqa: E402
+from faults import Injector, watch  # noqa: E402
+from train import non_negative_int, positive_int  # noqa: E402
+
+TRAIN = ROOT / "examples" / "train.py"
+UNET = {"sample_size": 28, "in_channels": 1, "out_channels": 1, "block_out_channels": (4, 8), "attention_head_dim": 4}
+UNET |= {"layers_per_block": 1, "norm_num_groups": 2, "dropout": 0.1, "_class_name": "MNISTUNet2DModel"}
+STEPS = 12
+FLAGS = {
+    "--split": "train[:64]",
+    "--max_train_steps": STEPS,
+    "--train_batch_size": 16,  # an epoch is 4 steps
+    "--lr_warmup_steps": 2,
+    "--mixed_precision": "no",
+    "--checkpointing_steps": 2,
+    "--checkpoints_total_limit": 2,
+    "--save_model_epochs": 1,
+    "--save_images_steps": 1,
+    "--eval_batch_size": 4,
+    "--ddpm_num_inference_steps": 4,
+    "--logger": "none",
+    "--resume_from_checkpoint": "latest",  # from the first run on, as a supervisor would have it
+}
+RANDOM = {"random kill": signal.SIGKILL, "random term": signal.SIGTERM, "random int": signal.SIGINT}
+
+
+class Fault(NamedTuple):
+    """What happens to a process, and when: at an operation (counted from 1), or after some seconds.
+
+    Of the kind `"damage"`, to the newest checkpoint, between two processes.
+    """
+
+    kind: str
+    at: float
+
+
+class Outcome(NamedTuple):
+    """How a process ended: exit code, what it printed, and the seconds it went on after a first signal to stop."""
+
+    code: int
+    output: str
+    seconds_to_exit: float | None
+
+    @property
+    def said(self) -> str:
+        """The end of what it printed, but for its operations."""
+        return re.sub(r"\noperation .*\n", "", self.output)[-1000:]
+
+    @property
+    def operations(self) -> list[str]:
+        """Its operations on files, in order."""
+        return re.findall(r"^operation \d+: (.*)$", self.output, re.MULTILINE)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--count", type=positive_int, help="Runs of each kind at most; without it, all of them.")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="Of the choice of moments.")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "kills.json")
+    args = parser.parse_args(argv)
+    args.command = ["python", "benchmarks/kills.py", *argv]
+    return args
+
+
+def command_line(output_dir: Path, scratch: Path) -> list[str]:
+    """The flags of all runs, which differ in the folder only; the U-Net's config and a cache are in `scratch`."""
+    flags = {
+        **FLAGS,
+        "--output_dir": output_dir,
+        "--model_config_name_or_path": scratch,
+        "--cache_dir": scratch / "cache",
+    }
+    return [str(part) for flag in flags.items() for part in flag]
+
+
+def train(output_dir: Path, scratch: Path, fault: Fault | None = None) -> Outcome:
+    """Run `examples/train.py` in a process of its own until it ends, one way or another."""
+    read, write = os.pipe()
+    start = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read)
+        os.dup2(write, 1)
+        os.dup2(write, 2)
+        os._exit(_run_script(command_line(output_dir, scratch), output_dir, fault))
+    os.close(write)
+    timer = None
+    if fault and fault.kind in RANDOM:
+        timer = threading.Timer(fault.at, os.kill, (pid, RANDOM[fault.kind]))
+        timer.start()
+    with open(read, errors="replace") as pipe:
+        output = pipe.read()
+    if timer:
+        timer.cancel()
+        timer.join()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    end = time.monotonic()
+    struck = re.search(r"^(?:term|int).* at ([\d.]+)$", output, re.MULTILINE)
+    signalled = start + fault.at if fault and fault.kind in RANDOM else float(struck[1]) if struck else None
+    return Outcome(code, output, signalled and end - signalled)
+
+
+def _run_script(argv: list[str], output_dir: Path, fault: Fault | None) -> int:
+    """Within the forked process: run the script as `python examples/train.py` does; returns the exit code."""
+    injected = fault is not None and fault.kind not in RANDOM
+    injector = Injector(fault.kind if injected else None, int(fault.at) if injected else None, output_dir)
+    watch(output_dir, injector)
+    sys.argv = [str(TRAIN), *argv]
+    try:
+        runpy.run_path(str(TRAIN), run_name="__main__")
+    except SystemExit as error:
+        print(error, file=sys.stderr, flush=True)
+        return int(error.code not in (None, 0))
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+    return 0
+
+
+def ending(run: Path) -> dict[str, bytes]:
+    """What must be the same however a run came to its end: all files, but for those of checkpoints before the last."""
+    return {
+        name: path.read_bytes()
+        for path in sorted(run.rglob("*"))
+        if path.is_file()
+        and not ((name := str(path.relative_to(run))).startswith("checkpoint-") and f"-{STEPS}/" not in name)
+    }
+
+
+def plan(operations: list[str], seconds: float, rng: random.Random, count: int | None) -> list[list[Fault]]:
+    """Chains of faults, each for a run that is resumed after each of them.
+
+    Args:
+        operations: those of a run that is left alone.
+        seconds: how long it takes.
+        rng: chooses the moments.
+        count: how many of each kind at most.
+    """
+    numbers: dict[str, list[int]] = {}
+    for number, operation in enumerate(operations, start=1):
+        numbers.setdefault(re.sub(r"\d+", "N", operation), []).append(number)
+    each = {label: rng.choice(some) for label, some in numbers.items()}  # one of each sort
+    writes = [number for label, number in each.items() if label.startswith(("create", "write"))]
+    anywhere = sorted(rng.sample(range(1, len(operations)), 12))
+
+    chains = {
+        "kill": [[Fault("kill", n)] for n in each.values()],
+        "tear": [[Fault("tear", n)] for n in writes],
+        "tear log": [[Fault("tear log", n)] for n in anywhere],
+        "full": [[Fault("full", n)] for n in writes],
+        "term": [[Fault("term", n)] for n in anywhere],
+        "int": [[Fault("int", n)] for n in anywhere],
+        "term twice": [[Fault("term twice", n)] for n in anywhere],
+        # while a run that was killed cleans up, and at the begin of what it writes
+        "kill, resumed": [[Fault("kill", rng.choice(anywhere)), Fault("kill", n)] for n in range(1, 21)],
+        "damage": [[Fault("kill", n), Fault("damage", i)] for i, n in enumerate(anywhere[-6:])],
+        "random": [[Fault(kind, rng.uniform(0, seconds)) for _ in range(3)] for kind in RANDOM for _ in range(6)],
+    }
+    return [chain for of_kind in chains.values() for chain in _spread(of_kind, count)]
+
+
+def _spread(items: list[Any], count: int | None) -> list[Any]:
+    """At most `count` of the items, evenly."""
+    if count is None or count >= len(items):
+        return items
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def damage(run: Path, way: int) -> None:
+    """Cut a file of the newest checkpoint short, change it, or remove it."""
+    newest = list_checkpoints(run)[-1]
+    file = sorted(newest.iterdir())[way % len(list(newest.iterdir()))]
+    content = file.read_bytes()
+    match way % 3:
+        case 0:
+            file.write_bytes(content[: len(content) // 2])
+        case 1:
+            file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        case 2:
+            file.unlink()
+
+
+def check_outcome(fault: Fault, outcome: Outcome) -> list[str]:
+    """What is wrong with how a process ended on a fault."""
+    allowed = {
+        "kill": {-signal.SIGKILL},
+        "tear": {-signal.SIGXFSZ},
+        "tear log": {-signal.SIGXFSZ},
+        "full": {1},
+        "random kill": {-signal.SIGKILL},
+    }.get(fault.kind, {-signal.SIGTERM, 1})  # told to stop, it leaves with 0; or at once, before it trains
+    problems = [] if outcome.code in allowed | {0} else [f"exit code {outcome.code}"]
+    if fault.kind == "full" and outcome.code:
+        named = re.search(r"^error: .*--output_dir", outcome.output, re.MULTILINE)
+        problems += (
+            [] if named and "Traceback" not in outcome.output else ["no error of one line that names --output_dir"]
+        )
+    return problems
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Kill, resume, compare, and write the figures."""
+    import datasets  # noqa: F401
+    import diffusers.optimization  # noqa: F401
+    import torch
+    import trainer  # noqa: F401
+
+    torch.set_num_threads(1)
+    rng = random.Random(args.seed)
+    struck, passed_over = Counter[str](), Counter[str]()
+    failures, seconds_to_exit = [], []
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        (scratch / "config.json").write_text(json.dumps(UNET))
+        train(scratch / "first" / "run", scratch)  # fills the cache of the data set
+        start = time.monotonic()
+        whole = train(scratch / "whole" / "run", scratch)
+        seconds = time.monotonic() - start
+        if whole.code:
+            raise RuntimeError(f"the run that was left alone failed:\n{whole.output}")
+        expected = ending(scratch / "whole" / "run")
+        chains = plan(whole.operations, seconds, rng, args.count)
+        for number, faults in enumerate(chains, start=1):
+            print(f"{number:4} of {len(chains)}  {'; '.join(f'{kind} at {at:g}' for kind, at in faults)}", flush=True)
+            run = scratch / str(number) / "run"
+            outcomes, problems = [], []
+            for fault in faults:
+                if fault.kind == "damage":
+                    damage(run, int(fault.at))
+                    continue
+                outcomes.append(outcome := train(run, scratch, fault))
+                problems += check_outcome(fault, outcome)
+                stopped = "Stopped early" in outcome.output
+                struck[fault.kind] += stopped or outcome.code != 0
+                seconds_to_exit += [outcome.seconds_to_exit] if stopped else []
+            outcomes.append(train(run, scratch))
+            ended = ending(run)
+            problems += [name for name in expected | ended if expected.get(name) != ended.get(name)]
+            passed_over[faults[-1].kind] += sum(outcome.output.count("Passing over it") for outcome in outcomes)
+            if problems or outcomes[-1].code:
+                failures.append({"faults": faults, "problems": problems, "output": [x.said for x in outcomes]})
+                print(json.dumps(failures[-1], indent=2), flush=True)
+            shutil.rmtree(run)
+
+    result = {
+        "kills": {"total": struck.total(), **struck},
+        "operations": len(whole.operations),
+        "chains": len(chains),
+        "files_compared": len(expected),
+        "bytes_compared": sum(map(len, expected.values())),
+        "seconds_from_signal_to_exit": {"median": statistics.median(seconds_to_exit), "max": max(seconds_to_exit)},
+        "damaged_checkpoints_passed_over": {
+            "by hand": passed_over.pop("damage", 0),
+            "by kills": passed_over.total(),
+        },
+        "failures": failures,
+        **provenance(args),
+    }
+    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{struck.total()} kills, {len(failures)} failures")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main(parse_args())["failures"]))
