@@ -4,11 +4,14 @@ Image i is a function of --seed and i alone: neither the batch size nor the devi
 """
 
 import argparse
+import hashlib
 import json
+import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +44,9 @@ LEADING = {"timestep_spacing": "leading"}
 LATER_START = {"dpmsolver_singlestep": {"lambda_min_clipped": -5.1}}
 PREDICT_X0 = ("ddpm", "ddim", "euler", "euler_ancestral", "heun", "kdpm2", "lms")  # their steps return it
 TRAJECTORY_IMAGES, TRAJECTORY_MOMENTS = 4, 12
-SETTINGS_FILE = "settings.json"
+SETTINGS_FILE, PARTIAL_FILE = "settings.json", "image.partial"
+MAX_GRID, MAX_FILES = 10_000, 1_000_000  # images
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk, always the same
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,9 +77,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "or an animation (.gif).",
     )
     args = parser.parse_args(argv)
-    for name in ("num_images", "batch_size"):
-        if (value := getattr(args, name)) < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
+    for name, least in {"num_images": 1, "batch_size": 1, "num_inference_steps": 1, "seed": 0}.items():
+        if (value := getattr(args, name)) < least:
+            parser.error(f"--{name} must be at least {least}, got {value}")
+    most, remedy = (MAX_FILES, "") if args.output_dir else (MAX_GRID, ": --output_dir takes more")
+    if args.num_images > most:
+        parser.error(f"--num_images must be at most {most:,}, got {args.num_images:,}{remedy}")
     if args.output.suffix != ".png":
         parser.error(f"--output must end in .png, got {args.output}")
     if args.trajectory and args.trajectory.suffix not in (".png", ".gif"):
@@ -90,9 +98,9 @@ def load_pipeline(model: str | None, scheduler: str, device: str | None = None) 
     """Load a saved pipeline (None: the one in the package) with the scheduler of a name in `SCHEDULERS`.
 
     Raises:
-        ValueError: If there is no such pipeline, or it is damaged.
+        ValueError: If there is no such pipeline, it is damaged, or there is no such device.
     """
-    if model is not None and not Path(model).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if model is not None and not (model and Path(model).is_dir()) and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise ValueError(f"--model: there is no folder {model}; name one that train.py or save_pretrained wrote")
 
     import diffusers
@@ -102,15 +110,22 @@ def load_pipeline(model: str | None, scheduler: str, device: str | None = None) 
     import mnist_ddpm
 
     try:
-        pipe = mnist_ddpm.MNISTDDPMPipeline.from_pretrained(model or mnist_ddpm.PRETRAINED)
+        pipe = mnist_ddpm.MNISTDDPMPipeline.from_pretrained(mnist_ddpm.PRETRAINED if model is None else model)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"--model: {model} can't be loaded, it is missing or damaged ({error})") from error
-    name, config = SCHEDULERS[scheduler], pipe.scheduler.config
+    name, config = SCHEDULERS[scheduler], dict(pipe.scheduler.config)
+    if scheduler != "ddpm" and config.get("variance_type") == "learned_range":
+        config["variance_type"] = "fixed_small"  # the others draw no noise of a learned variance
     if hasattr(mnist_ddpm, name):
         pipe.scheduler = getattr(mnist_ddpm, name).from_config(config)
     else:
         pipe.scheduler = getattr(diffusers, name).from_config(config, **LATER_START.get(scheduler, LEADING))
-    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    try:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch is built without CUDA
+        raise ValueError(f"--device: {device!r} can't be used here ({str(error).splitlines()[0]})") from error
+    return pipe.to(device)
 
 
 def image_generators(seed: int, indices: Sequence[int]) -> "list[torch.Generator]":
@@ -129,10 +144,21 @@ def sample(
     pipe: "MNISTDDPMPipeline", indices: Sequence[int], seed: int, batch_size: int, **kwargs: Any
 ) -> "Iterator[tuple[Sequence[int], Any]]":
     """Sample the images of these indices in batches; yields the indices of each batch, and its images."""
-    for start in range(0, len(indices), batch_size):
-        batch = indices[start : start + batch_size]
-        pipe.set_progress_bar_config(desc=f"{start + 1} to {start + len(batch)} of {len(indices)} images")
-        yield batch, pipe(batch_size=len(batch), generator=image_generators(seed, batch), **kwargs).images
+    from diffusers.utils import logging
+
+    pipe.set_progress_bar_config(disable=True)  # one bar for all images, not one for each batch
+    bar_format = "{percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} images [{elapsed}<{remaining}, {rate_fmt}]"
+    with logging.tqdm(total=len(indices), unit=" images", bar_format=bar_format) as bar:
+
+        def advance(run: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            bar.update(len(batch) / run.num_timesteps)
+            return {}
+
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            options = {"callback_on_step_end": advance, "generator": image_generators(seed, batch)} | kwargs
+            yield batch, pipe(batch_size=len(batch), **options).images
+            bar.update(start + len(batch) - bar.n)  # to a whole number
 
 
 def sample_trajectory(
@@ -182,25 +208,80 @@ def check_writable(path: Path) -> None:
         raise OSError(f"{path} can't be written ({error}): name another file") from error
 
 
-def check_settings(output_dir: Path, args: argparse.Namespace) -> None:
+def check_settings(output_dir: Path, settings: dict[str, Any]) -> None:
     """Note what the images of a folder are made with; raise a ValueError if the ones there are made otherwise."""
-    names = ("model", "scheduler", "num_inference_steps", "eta", "noise_scale", "seed")
-    settings = {name: getattr(args, name) for name in names}
     path = output_dir / SETTINGS_FILE
-    check_writable(path)
-    earlier = json.loads(path.read_text()) if path.exists() else "unknown"
-    if earlier != settings and any(output_dir.glob("*.png")):
+    try:
+        earlier = json.loads(path.read_text())
+    except (OSError, ValueError):
+        earlier = "unknown"
+    if earlier != settings and any(entry.name.endswith(".png") for entry in os.scandir(output_dir)):
         raise ValueError(f"--output_dir: {output_dir} holds images of other settings ({earlier}): name another folder")
     with written_aside(path) as partial:
         partial.write_text(json.dumps(settings, indent=2))
 
 
+def weights_digest(pipe: "MNISTDDPMPipeline") -> str:
+    """What tells the weights of one U-Net from those of another that has been saved under the same name."""
+    import torch
+
+    digest = hashlib.sha256()
+    for weight in pipe.unet.state_dict().values():
+        digest.update(weight.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def image_path(output_dir: Path, i: int) -> Path:
+    """The file of image i."""
+    return output_dir / f"{i:06}.png"
+
+
+def is_whole(path: Path) -> bool:
+    """Whether there is an image in this file, down to its end: a machine that goes down may leave less."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:  # there is no such file, or it is too short
+        return False
+
+
+def unfinished(output_dir: Path, num_images: int, batch_size: int) -> Sequence[int]:
+    """The indices of all batches in which an image is missing.
+
+    Whole batches, because an image differs in its last bits with the number of its neighbors: a run that was stopped
+    ends with the very files of one that was not.
+    """
+    batches = (range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size))
+    missing = (batch for batch in batches if not all(is_whole(image_path(output_dir, i)) for i in batch))
+    return array("q", (i for batch in missing for i in batch))
+
+
+def write_images(output_dir: Path, indices: Iterable[int], images: "Iterable[Image.Image]") -> None:
+    """Write a file for each image, which is there whole or not at all.
+
+    The files are not flushed to the disk, which would take longer than to sample them: see `is_whole`.
+
+    Raises:
+        OSError: If one can't be written.
+    """
+    partial = output_dir / PARTIAL_FILE
+    for i, image in zip(indices, images, strict=True):
+        try:
+            image.save(partial, format="PNG")
+            os.replace(partial, image_path(output_dir, i))
+        except OSError as error:
+            raise OSError(
+                f"--output_dir: image {i} can't be written ({error}), the images before it are there: make room, and "
+                "the same command goes on"
+            ) from error
+
+
 def main(args: argparse.Namespace) -> None:
     """Sample by the command line, and write what it asks for."""
-    for path in filter(None, (args.trajectory, not args.output_dir and args.output)):
+    output = args.output_dir / SETTINGS_FILE if args.output_dir else args.output
+    for path in filter(None, (args.trajectory, output)):
         check_writable(path)
-    if args.output_dir:
-        check_settings(args.output_dir, args)
     pipe = load_pipeline(args.model, args.scheduler, args.device)
     options = {name: getattr(args, name) for name in ("num_inference_steps", "eta", "noise_scale")}
 
@@ -209,12 +290,13 @@ def main(args: argparse.Namespace) -> None:
         save_trajectory(steps, args.trajectory)
 
     if args.output_dir:
-        paths = [args.output_dir / f"{i:06}.png" for i in range(args.num_images)]
-        missing = [i for i, path in enumerate(paths) if not path.exists()]
-        for indices, images in sample(pipe, missing, args.seed, args.batch_size, **options):
-            for i, image in zip(indices, images, strict=True):
-                with written_aside(paths[i]) as partial:
-                    image.save(partial, format="PNG")
+        settings = {name: getattr(args, name) for name in ("model", "scheduler", "seed")} | options
+        check_settings(args.output_dir, settings | {"weights": weights_digest(pipe)})
+        (args.output_dir / PARTIAL_FILE).unlink(missing_ok=True)  # of a run that was killed
+        indices = unfinished(args.output_dir, args.num_images, args.batch_size)
+        print(f"{len(indices):,} of {args.num_images:,} images to go", file=sys.stderr)
+        for batch, images in sample(pipe, indices, args.seed, args.batch_size, **options):
+            write_images(args.output_dir, batch, images)
     else:
         from mnist_ddpm.images import image_grid
 
@@ -229,3 +311,5 @@ if __name__ == "__main__":
         main(parse_args())
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; with --output_dir, the same command goes on")

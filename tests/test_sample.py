@@ -1,6 +1,10 @@
 import json
+import random
+import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,30 +98,101 @@ def test_trajectory_animation(tmp_path, model):
     assert animation.size == (2 * 8, 2 * 8)
 
 
-def test_output_dir_goes_on_where_it_was_stopped(tmp_path, model):
-    folder = tmp_path / "images"
-    flags = ("--output_dir", folder, "--num_images", 5, "--batch_size", 2)
-    run(model, *flags)
-    whole = {path.name: path.read_bytes() for path in folder.glob("*.png")}
-    assert sorted(whole) == [f"00000{i}.png" for i in range(5)]
+def whole_folder(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    kept = (folder / "000000.png").stat().st_mtime_ns
-    (folder / "000003.png").unlink()
-    run(model, *flags)
-    assert (folder / "000000.png").stat().st_mtime_ns == kept
-    assert np.abs(pixels(folder / "000003.png") - pixels_of(whole["000003.png"])).max() <= 1
 
+def test_output_dir_goes_on_where_it_was_stopped(tmp_path, model, capsys):
+    flags = ("--output_dir", tmp_path, "--num_images", 5, "--batch_size", 2, "--eta", 1)
+    run(model, *flags)
+    undisturbed = whole_folder(tmp_path)
+    assert sorted(undisturbed) == [*(f"00000{i}.png" for i in range(5)), "settings.json"]
+
+    untouched = (tmp_path / "000000.png").stat().st_mtime_ns
+    (tmp_path / "000003.png").unlink()
+    (tmp_path / "image.partial").write_bytes(undisturbed["000003.png"][:50])  # a kill while it was written
+    capsys.readouterr()
+    run(model, *flags)
+    assert whole_folder(tmp_path) == undisturbed
+    assert (tmp_path / "000000.png").stat().st_mtime_ns == untouched
+    assert "2 of 5 images to go" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("left", [lambda png: b"", lambda png: bytes(len(png)), lambda png: png[:-1]])
+def test_a_file_that_is_not_whole_is_sampled_again(tmp_path, model, left):
+    flags = ("--output_dir", tmp_path, "--num_images", 2)
+    run(model, *flags)
+    undisturbed = whole_folder(tmp_path)
+    (tmp_path / "000001.png").write_bytes(left(undisturbed["000001.png"]))  # as a machine that goes down may leave it
+    run(model, *flags)
+    assert whole_folder(tmp_path) == undisturbed
+
+
+def test_output_dir_is_of_one_model_and_one_seed(tmp_path, model):
+    flags = ("--output_dir", tmp_path / "images", "--num_images", 2)
+    pipe = MNISTDDPMPipeline.from_pretrained(model)
+    pipe.save_pretrained(tmp_path / "model")
+    model = str(tmp_path / "model")
+    run(model, *flags)
     with pytest.raises(ValueError, match=r"--output_dir: .*'seed': 0.*name another folder"):
         run(model, *flags, "--seed", 1)
-    (folder / "settings.json").unlink()
+    with torch.no_grad():
+        pipe.unet.conv_in.weight[0] += 1
+    pipe.save_pretrained(model)  # trained on, under the same name
+    with pytest.raises(ValueError, match=r"--output_dir: .*other settings"):
+        run(model, *flags)
+    (tmp_path / "images" / "settings.json").write_text("{")
     with pytest.raises(ValueError, match=r"--output_dir: .*other settings \(unknown\)"):
         run(model, *flags)
 
 
-def pixels_of(png):
-    from io import BytesIO
+@pytest.mark.slow
+def test_output_dir_survives_kills(tmp_path, model):
+    """SIGKILL at random moments of the writing; in the end the files are those of a run that was never killed."""
+    settings = {"model": model, "num_images": 64, "batch_size": 8, "num_inference_steps": 5, "device": "cpu"}
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, sample.__file__, *flags, "--output_dir"]
+    subprocess.run([*command, tmp_path / "undisturbed"], check=True)
+    killed, moments = tmp_path / "killed", random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen([*command, killed])
+        written = len(list(killed.glob("*.png")))
+        while len(list(killed.glob("*.png"))) == written:
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(0.02 * moments.random())
+        process.kill()
+        process.wait()
+        for path in killed.glob("*.png"):
+            Image.open(path).load()
+    subprocess.run([*command, killed], check=True)
+    assert whole_folder(killed) == whole_folder(tmp_path / "undisturbed")
 
-    return pixels(BytesIO(png))
+
+def test_full_disk_is_an_error_that_says_what_to_do(tmp_path):
+    """A limit on the size of files stands for the disk: the first image is small enough, the second one is not."""
+    code = """
+import resource, sys
+from pathlib import Path
+import sample
+from PIL import Image
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+sample.write_images(Path(sys.argv[1]), range(2), [Image.new("L", (8, 8)), Image.effect_noise((64, 64), 99)])
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=Path(sample.__file__).parent, capture_output=True, text=True
+    )
+    last_line = finished.stderr.splitlines()[-1]
+    assert re.search(r"--output_dir: image 1 can't be written \(.*File too large.*make room", last_line)
+    assert sample.is_whole(tmp_path / "000000.png")
+    assert not (tmp_path / "000001.png").exists()
+
+
+def test_one_progress_bar_counts_the_images(tmp_path, model, capsys):
+    run(model, "--output", tmp_path / "grid.png", "--num_images", 5, "--batch_size", 2)
+    bar = capsys.readouterr().err.split("Loading pipeline components")[-1].split("\r")[-1]
+    assert re.match(r"100%\|.*\| 5/5 images \[00:\d\d<00:00, +[\d.]+ images/s\]", bar)
 
 
 def test_image_grid():
@@ -234,4 +309,5 @@ def test_settings_are_noted_beside_the_images(tmp_path, model):
         "eta": None,
         "noise_scale": 0.5,
         "seed": 0,
+        "weights": sample.weights_digest(MNISTDDPMPipeline.from_pretrained(model)),
     }
