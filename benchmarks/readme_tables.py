@@ -106,6 +106,64 @@ def scheduler_step(results: dict[str, Result]) -> str:
     )
 
 
+def memory(results: dict[str, Result]) -> str:
+    """What `benchmarks/memory.py` wrote: a row for training and for each number of sampled images."""
+    (result,) = results.values()
+    training = result["training_memory"]
+    rows = [[f"training, {training['steps']} steps", f"{training['peak_bytes'] / 2**20:,.0f}"]]
+    rows += [
+        [f"sampling {row['num_images']:,} images to files", f"{row['peak_bytes'] / 2**20:,.0f}"]
+        for row in result["sampling_memory"]
+    ]
+    return (
+        "Peak memory of a process (its largest resident set, with Python and PyTorch in it): training at the\n"
+        f"defaults of `examples/train.py`, and sampling {result['batch_size']['sampling']} images at a time by "
+        "`examples/sample.py`:\n\n"
+        f"{table(['', 'MiB'], rows)}\n\n{origins(results)}"
+    )
+
+
+def tested_versions(results: dict[str, Result]) -> str:
+    """What `benchmarks/versions.py` wrote: a column for each set of versions."""
+    (result,) = results.values()
+    runs = dict(sorted(result["tested_versions"].items(), reverse=True))  # the oldest first
+    names = list(next(iter(runs.values()))["installed"])
+    rows = [[name, *(run["installed"][name] for run in runs.values())] for name in names]
+    rows += [[f"tests {word}", *(str(run[word]) for run in runs.values())] for word in ("passed", "skipped", "failed")]
+    commands = "\n".join(f"- `{run['command']}` ({run['machine']})" for run in runs.values())
+    return f"All tests, on the oldest and the newest versions:\n\n{table(['', *runs], rows)}\n\n{commands}"
+
+
+def kills(results: dict[str, Result]) -> str:
+    """What `benchmarks/kills.py` wrote: how many runs ended in which way, and that it made no difference."""
+    (result,) = results.values()
+    counts = {kind: count for kind, count in result["kills"].items() if kind != "total"}
+    seconds, damaged = result["seconds_from_signal_to_exit"], result["damaged_checkpoints_passed_over"]
+    rows = [[ENDS[kind], str(count)] for kind, count in counts.items()]
+    return (
+        f"{result['chains']} training runs of 12 steps were ended before their time, {result['kills']['total']} times "
+        "in all, and resumed\nfrom the latest checkpoint. Of these runs, "
+        f"{len(result['failures'])} differ in any bit from one that was left alone, in\n"
+        f"{result['files_compared']} files: weights, average, optimizer, log, pictures, pipeline. Checkpoints damaged "
+        f"by a kill: {damaged['by kills']}; damaged by\nhand, found and passed over: {damaged['by hand']}. From "
+        f"SIGTERM or SIGINT to the exit: {seconds['median']:.1f} s (median), {seconds['max']:.1f} s (at most), of a "
+        f"tiny U-Net.\n\n{table(['', 'times'], rows)}\n\n{origins(results)}"
+    )
+
+
+ENDS = {
+    "kill": "SIGKILL between two operations on files",
+    "tear": "killed inside a write",
+    "tear log": "killed inside a line of the log",
+    "full": "disk full, from one operation on",
+    "term": "SIGTERM at an operation",
+    "int": "SIGINT at an operation",
+    "term twice": "SIGTERM twice in a row",
+    "random kill": "SIGKILL at a random moment",
+    "random term": "SIGTERM at a random moment",
+    "random int": "SIGINT at a random moment",
+}
+
 # by a key that only this kind of result has
 KINDS = {
     "training": training,
@@ -113,6 +171,9 @@ KINDS = {
     "schedulers": schedulers,
     "test_accuracy": classifier,
     "rows": scheduler_step,
+    "sampling_memory": memory,
+    "tested_versions": tested_versions,
+    "kills": kills,
 }
 
 

@@ -4,10 +4,17 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import readme_tables
+from huggingface_hub import ModelCard
+from huggingface_hub.cli import hf
+from loopback_hub import WRITER
+
+import mnist_ddpm.hub
+from mnist_ddpm import PRETRAINED, MNISTDDPMPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = [ROOT / "README.md", ROOT / "examples" / "README.md", ROOT / "data" / "mnist" / "README.md"]
@@ -30,7 +37,8 @@ def script_calls() -> list[tuple[str, list[str]]]:
     return calls
 
 
-def test_code_runs(tmp_path, monkeypatch):
+def test_code_runs(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", WRITER)
     monkeypatch.chdir(tmp_path)
     names = {}
     for code in blocks(ROOT / "README.md", "python"):
@@ -38,11 +46,35 @@ def test_code_runs(tmp_path, monkeypatch):
     assert names["image"].size == (28, 28)
     assert len(names["images"]) == 2
     assert names["x_prev"].shape == names["x_0"].shape
+    assert names["unet"].num_parameters() == names["pipe"].unet.num_parameters()
+    assert "pipeline.py" in hub.files("user/mnist-ddpm")
 
 
 @pytest.mark.parametrize(("script", "argv"), script_calls(), ids=lambda value: value if isinstance(value, str) else "")
 def test_commands_have_flags_that_exist(script, argv):
     importlib.import_module(script).parse_args(argv)
+
+
+def test_commands_of_the_hub_run(hub, tmp_path, monkeypatch):
+    lines = [line for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines()]
+    (push,) = (shlex.split(line) for line in lines if "-m mnist_ddpm.hub" in line)
+    (download,) = (shlex.split(line) for line in lines if "bin/hf" in line)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    monkeypatch.chdir(tmp_path)
+    MNISTDDPMPipeline.from_pretrained(PRETRAINED).save_pretrained("mnist-ddpm")
+    shutil.copy(ROOT / "benchmarks" / "results" / "ddim_50.json", "scores.json")
+    mnist_ddpm.hub.main(push[3:])
+    card = hub.files("user/mnist-ddpm")["README.md"].decode()
+    fid = json.loads(Path("scores.json").read_text())["scores"]["fid"]
+    assert {"fid": fid}.items() <= {r.metric_type: r.metric_value for r in ModelCard(card).data.eval_results}.items()
+
+    hub.repos["models", "user/mnist-ddpm"].commit({"last-checkpoint/manifest.json": b"{}", "README.md": b""})
+    monkeypatch.setattr("sys.argv", download)
+    with pytest.raises(SystemExit, match="0"):
+        hf.main()
+    assert [str(path) for path in Path("mnist-ddpm/last-checkpoint").rglob("*")] == [
+        "mnist-ddpm/last-checkpoint/manifest.json"
+    ]
 
 
 @pytest.mark.parametrize("name", ["sample", "train", "test"])
@@ -106,6 +138,19 @@ def test_tables_show_each_kind_of_result(tmp_path):
             "rows": [timing | {"work": "step", "ratio": 0.25}, timing | {"work": "loop", "ratio": 0.5}],
             "machine": {"cpu": "a CPU", "threads": 2, "gpu": None},
         },
+        "memory": origin
+        | {
+            "sampling_memory": [{"num_images": 100_000, "peak_bytes": 512 * 2**20}],
+            "training_memory": {"steps": 20, "peak_bytes": 1536 * 2**20},
+            "batch_size": {"sampling": 64},
+        },
+        "versions": {
+            "tested_versions": {
+                name: {"installed": {"python": python}, "passed": passed, "skipped": 2, "failed": 0}
+                | {"command": f"python y.py {name}", "machine": "Linux"}
+                for name, python, passed in (("newest", "3.13.0", 1001), ("oldest", "3.11.7", 999))
+            }
+        },
     }
     for name, result in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
@@ -115,6 +160,12 @@ def test_tables_show_each_kind_of_result(tmp_path):
     assert "| `LMSDiscreteScheduler` | 50.0% | 0.625 |" in text
     assert "99.00% of the 10,000 test images" in text
     assert "1,000 steps in 2 minutes, 512 images per second; mean loss of the last 500 steps 0.2500" in text
-    assert text.count("`python x.py` (a machine; torch 2.13.0, diffusers 0.42.1)") == 3
+    assert text.count("`python x.py` (a machine; torch 2.13.0, diffusers 0.42.1)") == 4
+    assert "| training, 20 steps | 1,536 |" in text
+    assert "| sampling 100,000 images to files | 512 |" in text
+    assert "|  | oldest | newest |" in text
+    assert "| python | 3.11.7 | 3.13.0 |" in text
+    assert "| tests passed | 999 | 1001 |" in text
+    assert "- `python y.py oldest` (Linux)" in text
     assert "| DDPM, 1 x 1 x 28 x 28, cpu | 0.25 | 0.50 |" in text
     assert "(a CPU, threads: 2)" in text

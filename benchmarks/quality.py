@@ -1,0 +1,80 @@
+"""How good the samples of a pipeline are: what the benchmarks that compare pipelines have in common."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from sample import sample
+from train import MNIST
+
+from mnist_ddpm.data import decode_images, load_split
+from mnist_ddpm.metrics import (
+    ClassifierFeatures,
+    class_scores,
+    extract_features,
+    frechet_distance,
+    random_subset,
+)
+
+
+class Quality:
+    """FID and the share of clear digits, on the features of the MNIST classifier, against all training images.
+
+    Args:
+        num_images: how many samples each pipeline is scored by; FID depends on it, so compare at equal numbers only.
+        seed: of the noise that they begin with: sample i begins with the same noise in every pipeline.
+        batch_size: samples at a time.
+        device: where the pipelines are.
+
+    Attributes:
+        floor: the same scores of as many real test images.
+    """
+
+    def __init__(self, num_images: int, seed: int = 0, batch_size: int = 250, device: str = "cpu"):
+        self.num_images, self.seed, self.batch_size, self.device = num_images, seed, batch_size, device
+        self.classifier = ClassifierFeatures.from_pretrained().to(device)
+        train = decode_images(load_split(str(MNIST), split="train"))
+        self.reference = extract_features(self.classifier, train)
+        test = decode_images(load_split(str(MNIST), split="test"))
+        self.floor = self.score(random_subset(test, num_images, seed))
+
+    def score(self, images: torch.Tensor) -> dict[str, float]:
+        """FID and the share of confidently read digits of uint8 images (N, 1, 28, 28)."""
+        features = extract_features(self.classifier, images)
+        confident_share = class_scores(self.classifier.logits(features))["confident_share"]
+        return {"fid": frechet_distance(features, self.reference), "confident_share": float(confident_share)}
+
+    def __call__(self, pipe: Any, bf16: bool, **options: Any) -> dict[str, float]:
+        """Sample by a pipeline, called with `options`, and score it; with the samples per second that it gave."""
+        start = time.perf_counter()
+        with in_bf16(self.device, bf16):
+            batches = sample(pipe, range(self.num_images), self.seed, self.batch_size, output_type="pt", **options)
+            images = torch.cat([(batch * 255).round().to("cpu", torch.uint8) for _, batch in batches])
+        seconds = time.perf_counter() - start
+        return {**self.score(images), "samples_per_second": self.num_images / seconds}
+
+
+def earlier_figures(path: Path, key: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a result file has under `key` already, so that a run that was stopped goes on.
+
+    Raises:
+        ValueError: its figures were made with other settings.
+    """
+    if not path.exists():
+        return {}
+    earlier = json.loads(path.read_text())
+    if earlier["settings"] != settings:
+        raise ValueError(f"--output: {path} holds figures of {earlier['settings']}: name another file")
+    figures: dict[str, Any] = earlier[key]
+    return figures
+
+
+@contextmanager
+def in_bf16(device: str, enabled: bool) -> Iterator[None]:
+    """Networks compute in bfloat16, as in training; schedulers stay in float32."""
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled):
+        yield

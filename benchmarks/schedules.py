@@ -1,0 +1,161 @@
+"""Train with linear and with cosine betas side by side, under equal conditions, and see who wins and where in t.
+
+Each run is one of `examples/train.py`, kept in `--runs_dir`: what is finished there is not trained again, so that a
+comparison that was stopped goes on. Then each model is measured on test images, its loss and the terms of the
+variational bound over t, and by FID over the number of DDIM steps. The figure beside the JSON shows it all, with
+alpha_bar and the signal-to-noise ratio of both schedules.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+from batches import Batch  # noqa: E402
+from evaluate import provenance  # noqa: E402
+from loss import DiffusionLoss  # noqa: E402
+from quality import Quality, in_bf16  # noqa: E402
+from train import MNIST, non_negative_int, positive_int  # noqa: E402
+
+from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler  # noqa: E402
+from mnist_ddpm.data import decode_images, load_split  # noqa: E402
+from mnist_ddpm.likelihood import bits_per_dim  # noqa: E402
+from mnist_ddpm.metrics import random_subset  # noqa: E402
+
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+COLORS = {"linear": "tab:orange", "cosine": "tab:blue"}
+NUM_TIMESTEPS = 50  # of each test image, for the loss and the bound
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; flags that are unknown here go to train.py."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=non_negative_int, default=[0, 1, 2])
+    parser.add_argument("--max_train_steps", type=positive_int, default=3000)
+    parser.add_argument("--sampling_steps", nargs="+", type=positive_int, default=[5, 10, 20, 50, 100])
+    parser.add_argument("--num_images", type=positive_int, default=1000, help="samples for each FID")
+    parser.add_argument("--num_test_images", type=positive_int, default=500, help="for the loss and the bound")
+    parser.add_argument("--runs_dir", type=Path, required=True, help="for the six trainings")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "schedules.json")
+    parser.add_argument("--picture", type=Path, default=ROOT / "assets" / "schedules.png")
+    args, args.train_flags = parser.parse_known_args(argv)
+    args.command, args.seed = ["python", "benchmarks/schedules.py", *argv], args.seeds[0]
+    return args
+
+
+def train(schedule: str, seed: int, args: argparse.Namespace) -> Path:
+    """Train with a schedule and a seed, unless that has been done; returns the folder of the pipeline."""
+    folder: Path = args.runs_dir / f"{schedule}-{seed}"
+    if (folder / "model_index.json").exists() and (folder / f"checkpoint-{args.max_train_steps}").exists():
+        return folder
+    flags = {
+        "--ddpm_beta_schedule": SCHEDULES[schedule],
+        "--seed": seed,
+        "--max_train_steps": args.max_train_steps,
+        "--output_dir": folder,
+        "--resume_from_checkpoint": "latest",
+        "--checkpoints_total_limit": 1,
+    }
+    command = [sys.executable, str(ROOT / "examples" / "train.py"), *args.train_flags]
+    subprocess.run([*command, *(str(word) for flag in flags.items() for word in flag)], check=True)
+    return folder
+
+
+@torch.no_grad()
+def loss_over_t(pipe: MNISTDDPMPipeline, images: torch.Tensor, seed: int) -> dict[str, list[float]]:
+    """The loss of training, at timesteps evenly spread, on the same images and noise for each pipeline."""
+    generator = torch.Generator().manual_seed(seed)
+    loss = DiffusionLoss(pipe.scheduler, None, images.device)
+    timesteps = torch.linspace(0, len(pipe.scheduler) - 1, NUM_TIMESTEPS).long()
+    losses = []
+    for t in timesteps:
+        noise = torch.randn(images.shape, generator=generator)
+        with in_bf16("cpu", True):
+            losses.append(loss(pipe.unet, Batch(images / 127.5 - 1, noise, t.expand(len(images)))).item())
+    return {"timesteps": timesteps.tolist(), "loss": losses}
+
+
+def measure(folder: Path, quality: Quality, test_images: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one model."""
+    pipe = MNISTDDPMPipeline.from_pretrained(folder)
+    scheduler = MNISTDDPMScheduler.from_config(pipe.scheduler.config, simple_var=False)
+    generator = torch.Generator().manual_seed(args.seed)
+    with in_bf16("cpu", True):
+        bound = bits_per_dim(pipe.unet, scheduler, test_images, num_timesteps=NUM_TIMESTEPS, generator=generator)
+    log = (folder / "train_log.jsonl").read_text().splitlines()
+    pipe.scheduler = MNISTDDIMScheduler.from_config(pipe.scheduler.config)
+    return {
+        "final_training_loss": sum(json.loads(line)["loss"] for line in log[-200:]) / min(200, len(log)),
+        "test_loss": loss_over_t(pipe, test_images, args.seed),
+        "bits_per_dim": {
+            "total": bound.total,
+            "standard_error": bound.standard_error,
+            "L_T": bound.prior.mean().item(),
+            "L_0": bound.decoder,
+            "timesteps": bound.timesteps.double().mean(0).tolist(),
+            "terms": (bound.terms.mean(0)).tolist(),
+        },
+        "fid": {str(n): quality(pipe, bf16=True, num_inference_steps=n) for n in args.sampling_steps},
+    }
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """The figure: schedules, loss, bound, FID."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 5, figsize=(22, 4.2), layout="constrained")
+    for name, beta_schedule in SCHEDULES.items():
+        alpha_bar = MNISTDDPMScheduler(beta_schedule=beta_schedule).alphas_cumprod
+        snr = alpha_bar / (1 - alpha_bar)
+        panels[0].plot(alpha_bar, color=COLORS[name], label=name)
+        panels[1].semilogy(snr, color=COLORS[name])
+        for run in (run for key, run in result["runs"].items() if key.startswith(name)):
+            panels[2].semilogy(run["test_loss"]["timesteps"], run["test_loss"]["loss"], color=COLORS[name], alpha=0.7)
+            bits = run["bits_per_dim"]
+            panels[3].semilogy(bits["timesteps"], bits["terms"], color=COLORS[name], alpha=0.7)
+            steps = [int(n) for n in run["fid"]]
+            fids = [scores["fid"] for scores in run["fid"].values()]
+            panels[4].loglog(steps, fids, "o-", color=COLORS[name], alpha=0.7)
+    titles = {
+        "alpha_bar": "t",
+        "signal-to-noise ratio": "t",
+        "loss on test images": "t",
+        "term of the bound, bits per dimension": "t",
+        "FID": "DDIM steps",
+    }
+    for panel, (title, label) in zip(panels, titles.items(), strict=True):
+        panel.set(title=title, xlabel=label)
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Train what isn't trained yet, measure, write, draw."""
+    runs = {f"{schedule}-{seed}": train(schedule, seed, args) for seed in args.seeds for schedule in SCHEDULES}
+    quality = Quality(args.num_images, args.seed)
+    test_images = random_subset(decode_images(load_split(str(MNIST), split="test")), args.num_test_images, args.seed)
+    result: dict[str, Any] = {"runs": {}, "floor": quality.floor, "num_images": args.num_images, **provenance(args)}
+    for name, folder in runs.items():
+        result["runs"][name] = measured = measure(folder, quality, test_images, args)
+        fids = ", ".join(f"{n}: {scores['fid']:.2f}" for n, scores in measured["fid"].items())
+        print(f"{name:>9}  {measured['bits_per_dim']['total']:.3f} bits per dimension  FID by steps {fids}")
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    draw(result, args.picture)
+    return result
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,186 @@
+"""Train ours and the peer for as long, in alternating slices, and score both along the way: time against FID.
+
+The contenders:
+
+- `ours`: `examples/train.py`, at a constant learning rate, so that it may be stopped at any moment;
+- `stock`: the Hugging Face diffusion course's U-Net for MNIST in a plain loop: DDPMScheduler, AdamW, float32;
+- `tuned`: the same method, as well tuned as ours: channels_last, its best precision and learning rate, average;
+- `our_recipe`: `examples/train.py` on the course's U-Net, to tell what the recipe brings from what the network brings.
+
+Only training counts as time, not the scoring. Afterwards each samples with more and more DDIM steps.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+from contenders import PEER_UNET, Contender, Course, TrainScript  # noqa: E402
+from evaluate import provenance  # noqa: E402
+from quality import Quality  # noqa: E402
+from train import MNIST, non_negative_int, positive, positive_int  # noqa: E402
+
+from mnist_ddpm.data import decode_images, load_split  # noqa: E402
+
+ANYTIME = ["--lr_scheduler", "constant_with_warmup", "--max_train_steps", "10000000"]
+NAMES = ("ours", "stock", "tuned", "our_recipe")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contenders", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--minutes", nargs="+", type=positive, default=[20.0], help="of training, for all or for each")
+    parser.add_argument("--slice", type=positive, default=30.0, help="seconds that one trains while the others wait")
+    parser.add_argument(
+        "--score_at", nargs="+", type=positive, default=[1, 2, 5, 10, 20, 40, 60], help="minutes of training"
+    )
+    parser.add_argument("--num_images", type=positive_int, default=1000, help="for each score")
+    parser.add_argument("--num_inference_steps", type=positive_int, default=50, help="of DDIM, for the curve")
+    parser.add_argument(
+        "--sampling_steps", nargs="*", type=positive_int, default=[5, 10, 20, 50, 100, 1000], help="for the last part"
+    )
+    parser.add_argument(
+        "--peer_sampling_steps", nargs="*", type=positive_int, default=[5, 10, 20, 50], help="for the slow ones"
+    )
+    parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "time_to_quality.json")
+    args = parser.parse_args(argv)
+    if len(args.minutes) not in (1, len(args.contenders)):
+        parser.error(f"--minutes: one number, or one for each of {args.contenders}, got {args.minutes}")
+    if len(args.minutes) == 1:
+        args.minutes *= len(args.contenders)
+    args.command = ["python", "benchmarks/time_to_quality.py", *argv]
+    return args
+
+
+def make(name: str, args: argparse.Namespace, device: str, folder: Path) -> Contender:
+    """A contender that has not begun yet."""
+    flags = [*ANYTIME, "--seed", str(args.seed)]
+    match name:
+        case "ours":
+            return TrainScript(flags, folder / name)
+        case "our_recipe":
+            UNet2DModel(**PEER_UNET).save_config(folder / "unet")
+            return TrainScript([*flags, "--model_config_name_or_path", str(folder / "unet")], folder / name)
+    images = decode_images(load_split(str(MNIST), split="train"))
+    if name == "stock":
+        return Course(images, device, tuned=False, learning_rate=4e-4, seed=args.seed)
+    on_gpu = device == "cuda"
+    return Course(images, device, tuned=True, learning_rate=1e-3, compiled=on_gpu, bf16=True, seed=args.seed)
+
+
+class Race:
+    """A contender, the training that it has had, and the scores that it reached."""
+
+    def __init__(
+        self, make: Callable[[], Contender], minutes: float, score_at: list[float], synchronize: Callable[[], None]
+    ):
+        start = time.perf_counter()
+        self.contender = make()
+        self.setup_seconds = time.perf_counter() - start
+        self.synchronize = synchronize
+        self.score_at = sorted({m for m in score_at if m < minutes} | {minutes})
+        self.seconds, self.steps, self.first_step_seconds = 0.0, 0, 0.0
+        self.curve: list[dict[str, float]] = []
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has had all of its time."""
+        return len(self.curve) == len(self.score_at)
+
+    def train(self, seconds: float) -> None:
+        """Train for so long, or to the next score, if that comes first."""
+        until = min(self.seconds + seconds, 60 * self.score_at[len(self.curve)])
+        while self.seconds < until:
+            start = time.perf_counter()
+            self.contender.step()
+            self.synchronize()
+            elapsed = time.perf_counter() - start
+            if self.steps == 0:  # compilation and the like: told apart
+                self.first_step_seconds = elapsed
+            else:
+                self.seconds += elapsed
+            self.steps += 1
+
+    @property
+    def score_due(self) -> bool:
+        """Whether it has come to a moment to score at."""
+        return not self.finished and self.seconds >= 60 * self.score_at[len(self.curve)]
+
+    def result(self) -> dict[str, Any]:
+        """What is written down."""
+        return {
+            "images_per_second": (self.steps - 1) * self.contender.batch_size / self.seconds,
+            "steps": self.steps,
+            "batch_size": self.contender.batch_size,
+            "bf16": self.contender.bf16,
+            "setup_seconds": self.setup_seconds,
+            "first_step_seconds": self.first_step_seconds,
+            "parameters": sum(p.numel() for p in self.contender.pipeline().unet.parameters()),
+            "curve": self.curve,
+        }
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Train in turns, score, sample; write after each score what there is."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    quality = Quality(args.num_images, args.seed, device=device)
+    result: dict[str, Any] = {
+        "contenders": {},
+        "sampling": {},
+        "floor": quality.floor,
+        "num_images": args.num_images,
+        "num_inference_steps": args.num_inference_steps,
+        "threads": torch.get_num_threads(),
+        **provenance(args),
+    }
+
+    with tempfile.TemporaryDirectory() as folder:
+        minutes = zip(args.contenders, args.minutes, strict=True)
+        races = {
+            name: Race(partial(make, name, args, device, Path(folder)), m, args.score_at, synchronize)
+            for name, m in minutes
+        }
+        while not all(race.finished for race in races.values()):
+            for name, race in races.items():
+                if race.finished:
+                    continue
+                race.train(args.slice)
+                if race.score_due:
+                    pipe = race.contender.pipeline()
+                    scores = quality(pipe, race.contender.bf16, num_inference_steps=args.num_inference_steps)
+                    race.curve.append({"minutes": race.seconds / 60, "steps": race.steps, **scores})
+                    result["contenders"][name] = race.result()
+                    print(f"{name:>10} {race.seconds / 60:5.1f} min  {race.steps:>6} steps  FID {scores['fid']:.2f}")
+                    write(result, args.output)
+
+        for name, race in races.items():
+            for steps in args.sampling_steps if name == "ours" else args.peer_sampling_steps:
+                scores = quality(race.contender.pipeline(), race.contender.bf16, num_inference_steps=steps)
+                result["sampling"].setdefault(name, []).append({"num_inference_steps": steps, **scores})
+                print(f"{name:>10} {steps:>5} steps  {scores['samples_per_second']:7.1f} /s  FID {scores['fid']:.2f}")
+                write(result, args.output)
+    return result
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """Write what there is so far."""
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(parse_args())
