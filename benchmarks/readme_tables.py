@@ -60,8 +60,7 @@ def schedulers(results: dict[str, Result]) -> str:
     ]
     return (
         f"One model through each scheduler by `from_config`, {result['num_inference_steps']} steps, "
-        f"{result['num_images']} images each;\nthose of diffusers leave out the noisiest timesteps, as in "
-        "`examples/sample.py`:\n\n"
+        f"{result['num_images']} images each:\n\n"
         f"{table(['', 'confidence >= 0.9', 'mean confidence'], rows)}\n\n"
         "![The same noise through each of them, in the order of the table](assets/schedulers.png)\n\n"
         f"{origins(results)}"
@@ -99,8 +98,10 @@ def scheduler_step(results: dict[str, Result]) -> str:
     threads = result["machine"]["threads"]
     names = [result["machine"]["cpu"], f"threads: {threads}", result["machine"]["gpu"]]
     return (
-        "Our time as a multiple of that of diffusers' scheduler of the same name (less is better). The\n"
-        "exception is `set_timesteps`: it works out in advance, once for each sampling, what the steps need.\n\n"
+        "Our time as a multiple of that of diffusers' scheduler of the same name (less is better).\n"
+        "`set_timesteps` is asked for another number of steps each time, and places them exactly;\n"
+        "`set_same_timesteps` and `loop` ask for the same number again, as repeated sampling does, and find the\n"
+        "table of the last request.\n\n"
         f"{table(['', *(f'`{work}`' for work in columns)], rows)}\n\n"
         f"- `python benchmarks/scheduler_step.py --num_threads {threads}` ({', '.join(filter(None, names))})"
     )

@@ -38,10 +38,6 @@ SCHEDULERS = {
     "sasolver": "SASolverScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
-# The solvers of diffusers do not clip x_0. At T - 1 the cosine betas leave 5e-5 of it, and an error of eps would grow
-# 20,000-fold there: so they begin a little later, all but one by their spacing.
-LEADING = {"timestep_spacing": "leading"}
-LATER_START = {"dpmsolver_singlestep": {"lambda_min_clipped": -5.1}}
 PREDICT_X0 = ("ddpm", "ddim", "euler", "euler_ancestral", "heun", "kdpm2", "lms")  # their steps return it
 TRAJECTORY_IMAGES, TRAJECTORY_MOMENTS = 4, 12
 SETTINGS_FILE, PARTIAL_FILE = "settings.json", "image.partial"
@@ -116,10 +112,8 @@ def load_pipeline(model: str | None, scheduler: str, device: str | None = None) 
     name, config = SCHEDULERS[scheduler], dict(pipe.scheduler.config)
     if scheduler != "ddpm" and config.get("variance_type") == "learned_range":
         config["variance_type"] = "fixed_small"  # the others draw no noise of a learned variance
-    if hasattr(mnist_ddpm, name):
-        pipe.scheduler = getattr(mnist_ddpm, name).from_config(config)
-    else:
-        pipe.scheduler = getattr(diffusers, name).from_config(config, **LATER_START.get(scheduler, LEADING))
+    scheduler_class = getattr(mnist_ddpm, name, None) or getattr(diffusers, name)
+    pipe.scheduler = scheduler_class.from_config(config)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
         torch.zeros((), device=device).item()
