@@ -10,16 +10,20 @@ from batches import Batch
 from mnist_ddpm import MNISTDDPMScheduler
 from mnist_ddpm.likelihood import VariationalBound
 
-VLB_WEIGHT = 0.001  # lambda of L_hybrid (iDDPM, arXiv 2102.09672, equation 16)
+VLB_WEIGHT = 0.001  # of the bound in "hybrid": lambda of L_hybrid (iDDPM, arXiv 2102.09672, equation 16)
+SIMPLE_WEIGHT = 10.0  # of the squared error in "vlb"
 
 
 class DiffusionLoss:
     """What training minimizes, for any prediction type: DDPM's Algorithm 1 (arXiv 2006.11239), or iDDPM's losses.
 
     - `"simple"`: the squared error of what the U-Net predicts from noisy images, by DDPM's equation 14.
-    - `"vlb"`: the bound of `likelihood.py` in bits per dimension (without L_T, which no training changes), estimated
-      from the batch: T times the mean of its terms at random timesteps.
-    - `"hybrid"`: `simple + 0.001 vlb`, where the bound trains the variance alone (iDDPM, equation 16).
+    - `"hybrid"`: `simple + 0.001 bound`, where the bound trains the variance alone (iDDPM, equation 16).
+    - `"vlb"`: `bound + 10 simple`. The bound is of the sampler, which clips x0_hat; what lies beyond costs it nothing,
+      so that without the squared error predictions for black pixels run off and take the gray ones along.
+
+    The bound is that of `likelihood.py` in bits per dimension (without L_T, which no training changes), estimated from
+    the batch: T times the mean of its terms at random timesteps.
 
     Args:
         scheduler: adds the noise; its prediction type and its variance type say what the U-Net is to predict.
@@ -44,13 +48,14 @@ class DiffusionLoss:
         """The mean over the batch, a float32 scalar."""
         noisy_images = self.scheduler.add_noise(batch.clean_images, batch.noise, batch.timesteps)
         output = unet(noisy_images, batch.timesteps, return_dict=False)[0].float()
-        if self.loss_type == "vlb":
-            return self._vlb(output, noisy_images, batch)
+        prediction = output[:, : batch.noise.shape[1]]  # what follows where the variance is learned is the variance
+        simple = self._simple(prediction, batch)
         if self.loss_type == "simple":
-            return self._simple(output, batch)
-        prediction, variance = output.chunk(2, dim=1)
-        vlb = self._vlb(torch.cat([prediction.detach(), variance], dim=1), noisy_images, batch)
-        return self._simple(prediction, batch) + VLB_WEIGHT * vlb
+            return simple
+        if self.loss_type == "vlb":
+            return self._bound(output, noisy_images, batch) + SIMPLE_WEIGHT * simple
+        output = torch.cat([prediction.detach(), output[:, prediction.shape[1] :]], dim=1)
+        return simple + VLB_WEIGHT * self._bound(output, noisy_images, batch)
 
     def _simple(self, prediction: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The squared error, weighted if asked for."""
@@ -60,7 +65,7 @@ class DiffusionLoss:
         errors = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
         return (self.weights[batch.timesteps] * errors).mean()
 
-    def _vlb(self, output: torch.Tensor, noisy_images: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _bound(self, output: torch.Tensor, noisy_images: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The bound without L_T, in bits per dimension."""
         terms = self.bound.term(output, batch.timesteps, noisy_images, batch.clean_images)
         return len(self.scheduler) * terms.mean()

@@ -115,8 +115,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--loss_type",
         default="simple",
         choices=["simple", "vlb", "hybrid"],
-        help="The squared error of the prediction; the variational bound in bits per dimension; or the squared error "
-        "for the prediction and 0.001 of the bound for the learned variance (iDDPM, arXiv 2102.09672).",
+        help="The squared error of the prediction; the variational bound in bits per dimension, with 10 times the "
+        "squared error; or the squared error, with 0.001 of the bound for the learned variance alone (iDDPM).",
     )
     training.add_argument(
         "--snr_gamma", type=positive, help="Min-SNR loss weights (arXiv 2303.09556) with this gamma."
@@ -191,8 +191,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--variance_type learned_range needs --loss_type hybrid or vlb: simple does not train a variance")
     if args.loss_type == "hybrid" and not learned:
         parser.error("--loss_type hybrid needs --variance_type learned_range: its second part trains the variance")
-    if args.loss_type == "vlb" and args.snr_gamma:
-        parser.error("--snr_gamma weights the squared error, which --loss_type vlb has not")
     if args.overwrite_output_dir and args.resume_from_checkpoint:
         parser.error("--overwrite_output_dir and --resume_from_checkpoint exclude each other")
     args.command = ["accelerate", "launch", "examples/train.py", *argv]
