@@ -80,11 +80,12 @@ def counts(report: Path) -> dict[str, int]:
 
 
 def installed(inside: Path) -> dict[str, str]:
-    """The versions in an environment: Python's, and those of the requirements that have a bound."""
+    """The versions in an environment: Python's, and those of the requirements that have a bound and are there."""
     listed = subprocess.run([inside, "-m", "pip", "list", "--format=json"], check=True, capture_output=True, text=True)
     found = {package["name"].replace("-", "_"): package["version"] for package in json.loads(listed.stdout)}
     python = subprocess.run([inside, "--version"], check=True, capture_output=True, text=True).stdout.split()[1]
-    return {"python": python} | {r.name: found[r.name.replace("-", "_")] for r in bounded()}
+    names = [requirement.name for requirement in bounded()]
+    return {"python": python} | {name: found[key] for name in names if (key := name.replace("-", "_")) in found}
 
 
 def record(args: argparse.Namespace, inside: Path, report: Path) -> dict[str, Any]:
