@@ -24,6 +24,7 @@ MANIFEST = "manifest.json"
 LOG = "train_log.jsonl"
 SAMPLES = "samples.png"
 GRIDS = "samples"
+PIPELINES = "pipelines"
 
 
 class DamagedCheckpointError(ValueError):
@@ -56,7 +57,7 @@ def remove_earlier_run(output_dir: Path) -> None:
     The log goes first: without it no checkpoint is the latest of a run. The checkpoints go last: as long as one is
     there, the folder is known to hold an earlier run.
     """
-    files = [output_dir / name for name in (LOG, GRIDS, SAMPLES, "model_index.json")]
+    files = [output_dir / name for name in (LOG, GRIDS, PIPELINES, SAMPLES, "model_index.json")]
     for path in [*files, *reversed(list_checkpoints(output_dir))]:
         remove(path)
 
@@ -70,6 +71,11 @@ def _earlier_run(output_dir: Path) -> list[Path]:
 def grid_path(output_dir: Path, step: int) -> Path:
     """Where the images that are sampled after a step are kept."""
     return output_dir / GRIDS / f"step-{step:08}.png"
+
+
+def kept_pipeline_path(output_dir: Path, step: int) -> Path:
+    """Where the pipeline as it was after a step is kept."""
+    return output_dir / PIPELINES / f"step-{step:08}"
 
 
 @contextmanager
@@ -238,16 +244,21 @@ def check_settings(saved: dict[str, Any], current: dict[str, Any], checkpoint: P
 
 
 def cut_back(output_dir: Path, step: int) -> None:
-    """Remove checkpoints and grids beyond the step that a run goes on from, and what was left half written."""
+    """Remove what lies beyond the step that a run goes on from, and what was left half written."""
     for path in list_checkpoints(output_dir):
         if int(path.name.split("-")[1]) > step:
             logger.warning("Removing %s: the run goes on from step %s.", path, step)
             remove(path)
-    for path in output_dir.glob(f"{GRIDS}/step-*.png"):
-        if path > grid_path(output_dir, step):
+    for pattern in ("*.partial", f"{GRIDS}/*.partial", f"{PIPELINES}/*.partial"):
+        for path in output_dir.glob(pattern):
             remove(path)
-    for path in [*output_dir.glob("*.partial"), *output_dir.glob(f"{GRIDS}/*.partial")]:
-        remove(path)
+    for pattern, last in {
+        f"{GRIDS}/step-*.png": grid_path(output_dir, step),
+        f"{PIPELINES}/step-*": kept_pipeline_path(output_dir, step),
+    }.items():
+        for path in output_dir.glob(pattern):
+            if path > last:
+                remove(path)
 
 
 def prune_checkpoints(output_dir: Path, total_limit: int | None) -> None:

@@ -151,6 +151,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     output.add_argument("--output_dir", default="mnist-ddpm", help="For the pipeline, samples, checkpoints and logs.")
     output.add_argument("--overwrite_output_dir", action="store_true", help="Remove what an earlier run left there.")
     output.add_argument("--save_model_epochs", type=positive_int, default=5, help="Save the pipeline this often.")
+    output.add_argument(
+        "--keep_model_epochs", type=positive_int, help="Keep the pipeline of every so many epochs, in pipelines/."
+    )
     output.add_argument("--save_images_epochs", type=positive_int, default=1, help="Sample images this often.")
     output.add_argument(
         "--save_images_steps",

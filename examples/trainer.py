@@ -24,6 +24,7 @@ from checkpoints import (
     explained,
     find_checkpoint,
     grid_path,
+    kept_pipeline_path,
     list_checkpoints,
     move_into_place,
     partial_path,
@@ -206,11 +207,14 @@ class Trainer:
                 self._save_images(done)
             stopping = self._agree_to_stop(done)
             pipeline_due = stopping or self._every_epochs(self.args.save_model_epochs, done)
+            kept_pipeline_due = self._completes(self.args.keep_model_epochs, done)
             checkpoint_due = stopping or done == self.total_steps or done % self.args.checkpointing_steps == 0
-            if done % REPORT_STEPS == 0 or pipeline_due or checkpoint_due:
+            if done % REPORT_STEPS == 0 or pipeline_due or kept_pipeline_due or checkpoint_due:
                 self._report(done)
             if pipeline_due:
                 self._save_pipeline()
+            if kept_pipeline_due:
+                self._keep_pipeline(done)
             if checkpoint_due:
                 self._save_checkpoint(done)
             if checkpoint_due and not stopping:
@@ -265,8 +269,14 @@ class Trainer:
 
     def _every_epochs(self, epochs: int, done: int) -> bool:
         """Whether the last step completed this many epochs, or that many again; always at the end of the run."""
+        return done == self.total_steps or self._completes(epochs, done)
+
+    def _completes(self, epochs: int | None, done: int) -> bool:
+        """Whether the last step completed this many epochs, or that many again; never where there is no number."""
+        if epochs is None:
+            return False
         period = epochs * self.num_images
-        return done == self.total_steps or done * self.batch_size // period > (done - 1) * self.batch_size // period
+        return done * self.batch_size // period > (done - 1) * self.batch_size // period
 
     # Reporting and saving --------------------------------------------------------------------------------------------
 
@@ -392,6 +402,14 @@ class Trainer:
             remove(partial)
             self.published_pipeline().save_pretrained(partial)
             replace_files(partial, self.output_dir, last="model_index.json")
+
+    def _keep_pipeline(self, done: int) -> None:
+        """Save the pipeline under the number of its step, for good."""
+        if self.accelerator.is_main_process:
+            path = kept_pipeline_path(self.output_dir, done)
+            path.parent.mkdir(exist_ok=True)
+            with written_aside(path) as partial:
+                self.published_pipeline().save_pretrained(partial)
 
     def _save_checkpoint(self, done: int) -> None:
         """Save all that it takes to go on from here: weights, average, optimizer, step."""

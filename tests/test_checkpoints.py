@@ -14,6 +14,7 @@ from checkpoints import (
     cut_back,
     find_checkpoint,
     grid_path,
+    kept_pipeline_path,
     list_checkpoints,
     move_into_place,
     prune_checkpoints,
@@ -116,11 +117,20 @@ def test_going_on_from_a_step_removes_what_came_after_it(tmp_path):
         make_checkpoint(tmp_path, step)
         grid_path(tmp_path, step).parent.mkdir(exist_ok=True)
         grid_path(tmp_path, step).touch()
+        kept_pipeline_path(tmp_path, step).mkdir(parents=True)
+    (tmp_path / "pipelines" / "step-00000010.partial").mkdir()
     (tmp_path / "checkpoint-200.partial").mkdir()
     (tmp_path / "samples" / "step-00000012.png.partial").touch()
     cut_back(tmp_path, 10)
-    assert sorted(names(tmp_path.iterdir())) == ["checkpoint-10", "checkpoint-9", "samples", "train_log.jsonl"]
+    assert sorted(names(tmp_path.iterdir())) == [
+        "checkpoint-10",
+        "checkpoint-9",
+        "pipelines",
+        "samples",
+        "train_log.jsonl",
+    ]
     assert sorted(names((tmp_path / "samples").iterdir())) == ["step-00000009.png", "step-00000010.png"]
+    assert sorted(names((tmp_path / "pipelines").iterdir())) == ["step-00000009", "step-00000010"]
 
 
 def test_latest_must_be_in_the_log(tmp_path, caplog):
@@ -298,12 +308,13 @@ def test_removal_of_an_earlier_run_may_be_cut_off_anywhere(tmp_path, monkeypatch
         for name, do in {"os.replace": os.replace, "os.unlink": os.unlink, "shutil.rmtree": shutil.rmtree}.items():
             patch.setattr(name, counted(do))
 
-    for count in range(9):
+    for count in range(11):
         run = tmp_path / str(count)
         run.mkdir()
         for step in (3, 6):
             make_checkpoint(run, step)
         (run / "samples").mkdir()
+        (run / "pipelines").mkdir()
         (run / "samples.png").touch()
         (run / "model_index.json").touch()
         with monkeypatch.context() as patch:

@@ -171,6 +171,20 @@ def test_samples_come_at_the_ends_of_epochs_and_early_in_the_first(run):
     assert (output_dir / "samples.png").read_bytes() == (output_dir / "samples" / "step-00000029.png").read_bytes()
 
 
+def test_pipelines_on_the_way_are_kept_with_the_weights_of_their_step(run, tmp_path):
+    """An epoch is 6 steps. At a constant learning rate a run of 12 steps is the beginning of one of 29."""
+    flags = ["--lr_scheduler", "constant", "--save_images_steps", 0, "--save_images_epochs", 9]
+    output_dir = run(*flags, "--max_train_steps", 29, "--keep_model_epochs", 2)
+    assert names(output_dir / "pipelines") == ["step-00000012", "step-00000024"]
+    short = run(*flags, "--max_train_steps", 12, "--output_dir", tmp_path / "short")
+    kept = output_dir / "pipelines" / "step-00000012"
+    assert equal(saved_weights(kept), saved_weights(short))
+    assert not equal(saved_weights(kept), saved_weights(output_dir))
+    assert MNISTDDPMPipeline.from_pretrained(kept).scheduler.config == (
+        MNISTDDPMPipeline.from_pretrained(output_dir).scheduler.config
+    )
+
+
 def test_eval_batch_size_is_the_number_of_images_in_the_grid(run):
     with Image.open(run("--eval_batch_size", 5, "--max_train_steps", 1) / "samples.png") as grid:
         assert grid.size == (3 * 8, 2 * 8)
