@@ -24,6 +24,7 @@ BAD = {
     "dropout": [*NO_NUMBERS, *ABSURD, 1, 1.0, True],
     "norm_num_groups": [*NO_COUNTS, 3, 10**9],
     "norm_eps": [*NO_NUMBERS, *ABSURD, 0, 0.0],
+    "fourier_frequencies": [3, "3", (1.0,), ("1",), (-1,), (17,), (True,), (3, 3), (None,), ([],), 1j, math.nan],
 }
 
 
@@ -48,6 +49,7 @@ def configs(draw):
         "dropout": draw(st.sampled_from([0, 0.0, 0.5])),
         "norm_num_groups": groups,
         "norm_eps": draw(st.sampled_from([1e-5, 1e-6, 1e-3])),
+        "fourier_frequencies": draw(st.sampled_from([(), [0], (3, 7), [16, 5]])),
     }
 
 

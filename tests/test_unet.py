@@ -131,6 +131,7 @@ def test_return_dict():
         ({"norm_num_groups": 3}, "norm_num_groups must be a positive divisor"),
         ({"dropout": 1.0}, "dropout"),
         ({"norm_eps": 0.0}, "norm_eps"),
+        ({"fourier_frequencies": (3, 17)}, r"fourier_frequencies must be different integers .* 16, .*\(3, 17\)"),
     ],
 )
 def test_a_config_that_cannot_be_built_is_named(config, match):

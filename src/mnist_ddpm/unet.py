@@ -39,6 +39,7 @@ from torch import nn
 DOWN_BLOCK_TYPES = ("DownBlock2D", "AttnDownBlock2D")
 # What a config may ask for, checked before anything is allocated. DDPM's largest U-Net has 256 million weights.
 MAX_WEIGHTS, MAX_SAMPLE_SIZE, MAX_LAYERS_PER_BLOCK = 10**9, 4096, 64
+MAX_FREQUENCY = 16  # float32 tells values near 1 apart to 2^-24, and waves of 2^-16 still by their phase
 ONE_VALUE_EACH = "the groups of the coarsest level have one value each, of which a norm leaves nothing"
 MAX_CONFIG_BYTES = 5_000_000
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
@@ -87,6 +88,26 @@ class TimeEmbedding(nn.Module):
         """Embed `timestep`, shape `(B,)`; only the sinusoids are in float32, the rest is in `dtype`."""
         emb = sinusoidal_embedding(timestep, self.dim).to(dtype)
         return F.silu(self.linear_2(F.silu(self.linear_1(emb))))
+
+
+class FourierFeatures(nn.Module):
+    """`sin(2^n pi x)` and `cos(2^n pi x)` of the sample, each with a gain that depends on the timestep.
+
+    They tell values apart that are close together, as far as the noise lets them (variational diffusion models, arXiv
+    2107.00630). Where it doesn't, they are noise themselves, which the gain learns to turn down.
+    """
+
+    def __init__(self, in_channels: int, frequencies: Sequence[int], time_embed_dim: int):
+        super().__init__()
+        self.frequencies = frequencies
+        self.gain = zero_init(nn.Linear(time_embed_dim, 2 * len(frequencies) * in_channels))
+        nn.init.ones_(self.gain.bias)
+
+    def forward(self, sample: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        """Map samples `(B, C, H, W)` to features `(B, 2 C len(frequencies), H, W)`; the waves are in float32."""
+        x = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        waves = [wave(2**n * math.pi * x) for n in self.frequencies for wave in (torch.sin, torch.cos)]
+        return torch.cat(waves, dim=1).to(emb.dtype) * self.gain(emb)[:, :, None, None]
 
 
 class ResidualBlock(nn.Module):
@@ -181,6 +202,8 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         norm_num_groups: groups of the group norms; divides each of `block_out_channels`. A group needs more than one
             value to norm: fewer groups than channels where the coarsest level is a single position.
         norm_eps: epsilon of the group norms, above 0 and at most 1.
+        fourier_frequencies: different integers n from 0 to 16, for each of which `sin(2^n pi x)` and `cos(2^n pi x)`
+            of the sample join its channels at the entrance. None by default; for likelihood (3, 4, 5, 6, 7).
 
     Raises:
         ValueError: a value outside of what is said above, or sizes that make more than 10**9 weights, of which nothing
@@ -216,6 +239,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         dropout: float = 0.0,
         norm_num_groups: int = 8,
         norm_eps: float = 1e-5,
+        fourier_frequencies: tuple[int, ...] = (),
     ):
         super().__init__()
         # JSON knows no tuples
@@ -223,6 +247,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             "sample_size": sample_size,
             "block_out_channels": block_out_channels,
             "down_block_types": down_block_types,
+            "fourier_frequencies": fourier_frequencies,
         }
         self.register_to_config(**{k: tuple(v) if isinstance(v, list) else v for k, v in pairs_and_levels.items()})
         _check_config(self.config)
@@ -243,7 +268,10 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             )
 
         self.time_embedding = TimeEmbedding(block_out_channels[0], time_embed_dim)
-        self.conv_in = nn.Conv2d(in_channels * patch_area, block_out_channels[0], 3, padding=1)
+        self.fourier_features = (
+            FourierFeatures(in_channels, fourier_frequencies, time_embed_dim) if fourier_frequencies else None
+        )
+        self.conv_in = nn.Conv2d(_features(self.config) * patch_area, block_out_channels[0], 3, padding=1)
         self.down_blocks = stages()
         self.downsamplers = nn.ModuleList(
             nn.Conv2d(fine, coarse, 3, stride=2, padding=1) for fine, coarse in pairwise(block_out_channels)
@@ -335,7 +363,10 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         self._check_sample(sample)
         emb = self.time_embedding(self._timesteps(timestep, sample), sample.dtype)
 
-        h = self.conv_in(F.pixel_unshuffle(sample, self.config.patch_size))
+        features = sample
+        if self.fourier_features:
+            features = torch.cat([sample, self.fourier_features(sample, emb)], dim=1)
+        h = self.conv_in(F.pixel_unshuffle(features, self.config.patch_size))
         skips = []
         for level, blocks in enumerate(self.down_blocks):
             if level > 0:
@@ -475,6 +506,14 @@ def _check_config(config: Any) -> None:
     )
     require(_is_real(config.dropout) and 0.0 <= config.dropout < 1.0, "dropout", "a probability in [0, 1)")
     require(_is_real(config.norm_eps) and 0.0 < config.norm_eps <= 1.0, "norm_eps", "positive, and at most 1")
+    frequencies = config.fourier_frequencies
+    require(
+        isinstance(frequencies, tuple)
+        and all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MAX_FREQUENCY for n in frequencies)
+        and len(set(frequencies)) == len(frequencies),
+        "fourier_frequencies",
+        f"different integers from 0 to {MAX_FREQUENCY}",
+    )
     levels = MAX_SAMPLE_SIZE.bit_length()
     require(len(channels) <= levels, "block_out_channels", f"at most {levels} levels")
     sizes = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
@@ -493,6 +532,12 @@ def _check_config(config: Any) -> None:
             f"weights, but they make {weights:.1e}: {channels}, {config.layers_per_block}, {config.in_channels} and "
             f"{config.out_channels}."
         )
+
+
+def _features(config: Any) -> int:
+    """Channels that enter the network for each pixel."""
+    features: int = config.in_channels * (1 + 2 * len(config.fourier_frequencies))
+    return features
 
 
 def _can_normalize(config: Any, sizes: Sequence[int]) -> bool:
@@ -516,8 +561,8 @@ def _num_weights(config: Any) -> int:
         + stage(channels[-1], True)
         + stage(channels[-1], False)
         + time_embed_dim * (channels[0] + time_embed_dim)
-        + 9 * channels[0] * config.patch_size**2 * (config.in_channels + config.out_channels)
-        + time_embed_dim * config.in_channels * config.out_channels
+        + 9 * channels[0] * config.patch_size**2 * (_features(config) + config.out_channels)
+        + time_embed_dim * (_features(config) - config.in_channels + config.in_channels * config.out_channels)
     )
 
 
