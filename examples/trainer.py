@@ -173,7 +173,8 @@ class Trainer:
             cut_back(self.output_dir, self.first_step)
             self.log = TrainLog(self.output_dir / LOG, self.first_step)
         kwargs = {"tensorboard": {"purge_step": self.first_step + 1}} if self.args.logger == "tensorboard" else {}
-        self.accelerator.init_trackers("train", config=self._flags(), init_kwargs=kwargs)
+        config = {name: str(value) if isinstance(value, list) else value for name, value in self._flags().items()}
+        self.accelerator.init_trackers("train", config=config, init_kwargs=kwargs)
 
     # Training --------------------------------------------------------------------------------------------------------
 

@@ -319,9 +319,8 @@ def test_the_noise_schedule_is_saved_as_asked_for(run):
 
 
 def test_the_log_snr_is_trained_on_as_asked_for(run):
-    scheduler = MNISTDDPMPipeline.from_pretrained(
-        run("--ddpm_num_steps", 5, "--ddpm_log_snr", 6, -2, "--max_train_steps", 1)
-    ).scheduler
+    flags = ["--ddpm_num_steps", 5, "--ddpm_log_snr", 6, -2, "--logger", "tensorboard"]  # which takes no lists
+    scheduler = MNISTDDPMPipeline.from_pretrained(run(*flags, "--max_train_steps", 1)).scheduler
     torch.testing.assert_close(scheduler.betas, log_snr_betas(5, 6, -2))
 
 
