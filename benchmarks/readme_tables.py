@@ -1,4 +1,7 @@
-"""Write the figures of the README from `benchmarks/results/*.json`, or check that they are what stands there."""
+"""Write the figures of README and guide from `benchmarks/results/*.json`, or check that they are what stands there.
+
+Each document has sections, between `<!-- name:begin -->` and `<!-- name:end -->`, of some kinds of result each.
+"""
 
 import argparse
 import json
@@ -8,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTION = re.compile(r"(?<=<!-- results:begin -->\n).*?(?=<!-- results:end -->)", re.DOTALL)
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "theory.md")
+SECTION = re.compile(r"<!-- (?P<name>\w+):begin -->\n.*?<!-- (?P=name):end -->", re.DOTALL)
 
 Result = dict[str, Any]
 
@@ -165,42 +169,188 @@ ENDS = {
     "random int": "SIGINT at a random moment",
 }
 
+
+def properties(results: dict[str, Result]) -> str:
+    """What `benchmarks/properties.py` wrote: one sentence."""
+    (result,) = results.values()
+    return (
+        f"Searched cases of good and of bad input: {result['cases']:,}, of which {result['accepted_share']:.0%} were "
+        f"accepted and checked,\nand the others refused by an error that names the argument. "
+        f"Failures: {len(result['failures'])}.\n\n{origins(results)}"
+    )
+
+
+def noise_table(results: dict[str, Result]) -> str:
+    """What `benchmarks/sampling_noise.py` wrote: a row for a kind of noise, a column for a number of steps."""
+    (result,) = results.values()
+    steps = list(dict.fromkeys(n for cells in result["noise_table"].values() for n in cells))
+    rows = [
+        [name, *(f"{cells[n]['fid']:.2f}" if n in cells else "" for n in steps)]
+        for name, cells in result["noise_table"].items()
+    ]
+    return (
+        f"FID of {result['settings']['num_images']} samples of the package's weights, by the number of steps "
+        f"(as many real images: {result['floor']['fid']:.2f}):\n\n"
+        f"{table(['', *(f'{n} steps' for n in steps)], rows)}\n\n{origins(results)}"
+    )
+
+
+def schedules(results: dict[str, Result]) -> str:
+    """What `benchmarks/schedules.py` wrote: a row for a schedule and a seed."""
+    (result,) = results.values()
+    runs = dict(sorted(result["runs"].items(), reverse=True))  # linear first
+    steps = list(next(iter(runs.values()))["fid"])
+    rows = [
+        [
+            name.replace("-", ", seed "),
+            f"{run['bits_per_dim']['total']:.3f}",
+            f"{run['bits_per_dim']['L_0']:.3f}",
+            *(f"{run['fid'][n]['fid']:.2f}" for n in steps),
+        ]
+        for name, run in runs.items()
+    ]
+    titles = ["bits per dimension", "of them L_0", *(f"FID, {n} steps" for n in steps)]
+    return f"{table(['', *titles], rows)}\n\n{origins(results)}"
+
+
+def likelihood(results: dict[str, Result]) -> str:
+    """What `benchmarks/likelihood.py` wrote: a row for each choice that is left out."""
+    (result,) = results.values()
+    rows = [
+        [name, f"{bound['total']:.3f} +- {bound['standard_error']:.3f}", f"{bound['L_0']:.3f}"]
+        for name, bound in result["likelihood"].items()
+    ]
+    return (
+        f"After {result['settings']['max_train_steps']:,} steps, all choices, and all but the one that is named:\n\n"
+        f"{table(['', 'bits per dimension', 'of them L_0'], rows)}\n\n{origins(results)}"
+    )
+
+
+def bits_per_dim(results: dict[str, Result]) -> str:
+    """What `examples/evaluate.py --bits_per_dim` wrote: a row for each file."""
+    parts = ("total", "standard_error", "L_T", "sum of L_{t-1}", "L_0")
+    rows = [
+        [name, f"{bound['num_images']:,}", *(f"{bound[part]:.3f}" for part in parts)]
+        for name, bound in ((name, result["bits_per_dim"]) for name, result in results.items())
+    ]
+    titles = ["test images", "bits per dimension, at most", "standard error", *(f"`{part}`" for part in parts[2:])]
+    return f"{table(['', *titles], rows)}\n\n{origins(results)}"
+
+
+def recipes(results: dict[str, Result]) -> str:
+    """What `benchmarks/recipes.py` wrote: a row for each change."""
+    (result,) = results.values()
+    settings, floor = result["settings"], result["floor"]["fid"]
+    unchanged = result["recipes"]["none"]["fid"]
+    rows = [
+        [
+            change,
+            f"{recipe['training_images_per_second']:.0f}",
+            f"{recipe['fid']:.2f}",
+            f"{recipe['confident_share']:.0%}",
+            "-" if change == "none" else "better" if recipe["fid"] < unchanged else "worse",
+        ]
+        for change, recipe in result["recipes"].items()
+    ]
+    titles = ["images per second", "FID", "confidence >= 0.9", "than the default"]
+    return (
+        f"After {settings['minutes']:g} minutes of training on {result['threads']} thread(s); "
+        f"{settings['num_images']:,} samples in {settings['num_inference_steps']} DDIM steps; "
+        f"floor {floor:.2f}:\n\n{table(['change', *titles], rows)}\n\n{origins(results)}"
+    )
+
+
+def time_to_quality(results: dict[str, Result]) -> str:
+    """What `benchmarks/time_to_quality.py` wrote: FID over time for each contender, then sampling."""
+    (result,) = results.values()
+    contenders, sampling = result["contenders"], result["sampling"]
+    stock = contenders["stock"]["images_per_second"]
+    minutes = sorted({round(point["minutes"], 1) for c in contenders.values() for point in c["curve"]})
+    fids = {name: {round(p["minutes"], 1): f"{p['fid']:.1f}" for p in c["curve"]} for name, c in contenders.items()}
+    speeds = [
+        [
+            f"`{name}`",
+            f"{c['parameters'] / 1e6:.1f} M",
+            f"{c['images_per_second']:.0f}",
+            f"{c['images_per_second'] / stock:.1f}",
+            *(fids[name].get(m, "") for m in minutes),
+        ]
+        for name, c in contenders.items()
+    ]
+    rows = [
+        [f"`{name}`", str(p["num_inference_steps"]), f"{p['samples_per_second']:.1f}", f"{p['fid']:.2f}"]
+        for name, points in sampling.items()
+        for p in points
+    ]
+    titles = ["parameters", "images per second", "times stock", *(f"FID, {m:g} min" for m in minutes)]
+    return (
+        f"Training on {result['threads']} threads, in turns; FID of {result['num_images']:,} samples in "
+        f"{result['num_inference_steps']} DDIM steps (as many real images: {result['floor']['fid']:.2f}):\n\n"
+        f"{table(['', *titles], speeds)}\n\nSampling, at the end of each training:\n\n"
+        f"{table(['', 'DDIM steps', 'samples per second', 'FID'], rows)}\n\n{origins(results)}"
+    )
+
+
 # by a key that only this kind of result has
 KINDS = {
     "training": training,
     "scores": scores,
+    "contenders": time_to_quality,
     "schedulers": schedulers,
     "test_accuracy": classifier,
     "rows": scheduler_step,
     "sampling_memory": memory,
     "tested_versions": tested_versions,
     "kills": kills,
+    "cases": properties,
+    "recipes": recipes,
+    "bits_per_dim": bits_per_dim,
+    "likelihood": likelihood,
+    "runs": schedules,
+    "noise_table": noise_table,
+}
+SECTIONS = {
+    "results": ("training", "scores", "contenders", "schedulers", "test_accuracy", "rows"),
+    "recipes": ("recipes",),
+    "robustness": ("sampling_memory", "tested_versions", "kills", "cases"),
+    "likelihood": ("bits_per_dim", "likelihood"),
+    "schedules": ("runs",),
+    "sampling_noise": ("noise_table",),
 }
 
 
-def section(folder: Path) -> str:
-    """The README's section on results: what there is of each kind, and the commands."""
+def section(name: str, folder: Path) -> str:
+    """A section: what there is of each of its kinds, and the commands."""
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     parts = []
-    for key, render in KINDS.items():
-        if of_kind := {name: result for name, result in results.items() if key in result}:
-            parts.append(render(of_kind) + "\n")
+    for key in SECTIONS[name]:
+        if of_kind := {stem: result for stem, result in results.items() if key in result}:
+            parts.append(KINDS[key](of_kind) + "\n")
     return "\n".join(parts)
 
 
+def updated(text: str, folder: Path) -> str:
+    """A document with its sections as they should be."""
+
+    def rewrite(old: re.Match[str]) -> str:
+        name = old["name"]
+        return f"<!-- {name}:begin -->\n{section(name, folder)}<!-- {name}:end -->"
+
+    return SECTION.sub(rewrite, text)
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Write the section, or check it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is out of date")
+    """Write the sections, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a document is out of date")
     args = parser.parse_args(argv)
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    updated = SECTION.sub(lambda _: section(ROOT / "benchmarks" / "results"), text)
-    if args.check:
-        if updated != text:
-            sys.exit("error: README.md is out of date: run `python benchmarks/readme_tables.py`")
-    else:
-        readme.write_text(updated, encoding="utf-8")
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        new = updated(text, ROOT / "benchmarks" / "results")
+        if args.check and new != text:
+            sys.exit(f"error: {path.relative_to(ROOT)} is out of date: run `python benchmarks/readme_tables.py`")
+        if not args.check:
+            path.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -98,10 +98,20 @@ def test_links_lead_somewhere(readme):
     assert missing == []
 
 
-def test_figures_are_those_of_the_results():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (section,) = readme_tables.SECTION.findall(readme)
-    assert section == readme_tables.section(ROOT / "benchmarks" / "results")
+@pytest.mark.parametrize("path", readme_tables.DOCUMENTS, ids=lambda path: path.parent.name)
+def test_figures_are_those_of_the_results(path):
+    text = path.read_text(encoding="utf-8")
+    assert readme_tables.updated(text, ROOT / "benchmarks" / "results") == text
+
+
+def test_each_result_has_its_place_in_one_document():
+    texts = [path.read_text(encoding="utf-8") for path in readme_tables.DOCUMENTS]
+    places = [match["name"] for text in texts for match in readme_tables.SECTION.finditer(text)]
+    assert sorted(places) == sorted(readme_tables.SECTIONS)
+    kinds = [kind for kinds in readme_tables.SECTIONS.values() for kind in kinds]
+    assert sorted(kinds) == sorted(readme_tables.KINDS)
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        assert len(json.loads(path.read_text()).keys() & set(kinds)) == 1, path
 
 
 def test_tables_show_each_kind_of_result(tmp_path):
@@ -151,16 +161,64 @@ def test_tables_show_each_kind_of_result(tmp_path):
                 for name, python, passed in (("newest", "3.13.0", 1001), ("oldest", "3.11.7", 999))
             }
         },
+        "properties": origin | {"cases": 1234, "accepted_share": 0.75, "failures": []},
+        "noise": origin
+        | {
+            "noise_table": {"DDIM, eta 1": {"10": {"fid": 12.5}, "1000": {"fid": 1.25}}},
+            "settings": {"num_images": 500},
+            "floor": {"fid": 0.5},
+        },
+        "schedules": origin
+        | {
+            "runs": {
+                f"{name}-0": {"bits_per_dim": {"total": bits, "L_0": 0.5}, "fid": {"5": {"fid": 20.0}}}
+                for name, bits in (("cosine", 1.5), ("linear", 2.0))
+            }
+        },
+        "likelihood": origin
+        | {
+            "likelihood": {"all of them": {"total": 1.25, "standard_error": 0.125, "L_0": 0.5}},
+            "settings": {"max_train_steps": 1000},
+        },
+        "bits": origin
+        | {
+            "bits_per_dim": {"total": 1.0, "standard_error": 0.25, "L_T": 0.0, "sum of L_{t-1}": 0.5, "L_0": 0.5}
+            | {"num_images": 10_000}
+        },
+        "recipes": origin
+        | {
+            "recipes": {
+                name: {"training_images_per_second": 500.0, "fid": fid, "confident_share": 0.75}
+                for name, fid in (("none", 20.0), ("linear betas", 40.0), ("batch size 32", 10.0))
+            },
+            "settings": {"minutes": 3.0, "num_images": 1000, "num_inference_steps": 20},
+            "threads": 2,
+            "floor": {"fid": 0.5},
+        },
+        "race": origin
+        | {
+            "contenders": {
+                name: {"parameters": 2e6, "images_per_second": speed}
+                | {"curve": [{"minutes": minutes + 0.01, "fid": 50.0} for minutes in range(1, last + 1)]}
+                for name, speed, last in (("ours", 400.0, 1), ("stock", 40.0, 2))
+            },
+            "sampling": {"ours": [{"num_inference_steps": 5, "samples_per_second": 100.0, "fid": 12.0}]},
+            "threads": 2,
+            "num_images": 1000,
+            "num_inference_steps": 50,
+            "floor": {"fid": 0.5},
+        },
     }
     for name, result in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
-    text = readme_tables.section(tmp_path)
+    text = "".join(readme_tables.section(name, tmp_path) for name in readme_tables.SECTIONS)
     assert "| ddim | 1,000 | 12.35 / 1.50 | 0.5000 / 0.5000 |" in text
     assert "5.0% to 15.0%" in text
     assert "| `LMSDiscreteScheduler` | 50.0% | 0.625 |" in text
     assert "99.00% of the 10,000 test images" in text
     assert "1,000 steps in 2 minutes, 512 images per second; mean loss of the last 500 steps 0.2500" in text
-    assert text.count("`python x.py` (a machine; torch 2.13.0, diffusers 0.42.1)") == 4
+    assert text.count("`python x.py` (a machine; torch 2.13.0, diffusers 0.42.1)") == 11
+    assert "1,234, of which 75% were accepted" in text
     assert "| training, 20 steps | 1,536 |" in text
     assert "| sampling 100,000 images to files | 512 |" in text
     assert "|  | oldest | newest |" in text
@@ -169,3 +227,11 @@ def test_tables_show_each_kind_of_result(tmp_path):
     assert "- `python y.py oldest` (Linux)" in text
     assert "| DDPM, 1 x 1 x 28 x 28, cpu | 0.25 | 0.50 |" in text
     assert "(a CPU, threads: 2)" in text
+    assert "|  | 10 steps | 1000 steps |" in text
+    assert "| DDIM, eta 1 | 12.50 | 1.25 |" in text
+    assert "| linear, seed 0 | 2.000 | 0.500 | 20.00 |\n| cosine, seed 0 | 1.500 | 0.500 | 20.00 |" in text
+    assert "| all of them | 1.250 +- 0.125 | 0.500 |" in text
+    assert "| bits | 10,000 | 1.000 | 0.250 | 0.000 | 0.500 | 0.500 |" in text
+    assert "| linear betas | 500 | 40.00 | 75% | worse |\n| batch size 32 | 500 | 10.00 | 75% | better |" in text
+    assert "| `ours` | 2.0 M | 400 | 10.0 | 50.0 |  |\n| `stock` | 2.0 M | 40 | 1.0 | 50.0 | 50.0 |" in text
+    assert "| `ours` | 5 | 100.0 | 12.00 |" in text

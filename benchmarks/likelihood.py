@@ -1,0 +1,115 @@
+"""What each choice of a training for likelihood brings, in bits per dimension: all of them, and all but one.
+
+Each row is `examples/train.py` for as many steps, then the variational bound on test images, estimated from the same
+images and timesteps. Rows that the output file has already are kept: a comparison that was stopped goes on.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+from contenders import TrainScript  # noqa: E402
+from evaluate import provenance  # noqa: E402
+from quality import earlier_figures  # noqa: E402
+from train import MNIST, non_negative_int, num_timesteps, positive_int  # noqa: E402
+
+from mnist_ddpm.data import decode_images, load_split  # noqa: E402
+from mnist_ddpm.likelihood import bits_per_dim  # noqa: E402
+from mnist_ddpm.metrics import random_subset  # noqa: E402
+
+UNET = json.loads((ROOT / "examples" / "likelihood" / "config.json").read_text())
+FLAGS = {
+    "--ddpm_num_steps": "256",
+    "--ddpm_log_snr": "9 -5",
+    "--variance_type": "learned_range",
+    "--loss_type": "vlb",
+    "--lr_warmup_steps": "200",
+    "--max_grad_norm": "10",
+}
+
+# what is chosen otherwise, in the flags and in the U-Net; None: as it is by default
+CHANGES: dict[str, tuple[dict[str, str | None], dict[str, Any]]] = {
+    "all of them": ({}, {}),
+    "no Fourier features": ({}, {"fourier_frequencies": None}),
+    "not so wide, (64, 128)": ({}, {"block_out_channels": None}),
+    "cosine betas": ({"--ddpm_log_snr": None}, {}),
+    "linear betas": ({"--ddpm_log_snr": None, "--ddpm_beta_schedule": "linear"}, {}),
+    "T = 64": ({"--ddpm_num_steps": "64"}, {}),
+    "T = 1000": ({"--ddpm_num_steps": "1000"}, {}),
+    "fixed_small": ({"--variance_type": "fixed_small"}, {}),
+    "fixed_large": ({"--variance_type": "fixed_large"}, {}),
+    "loss hybrid": ({"--loss_type": "hybrid"}, {}),
+    "epsilon-prediction": ({"--prediction_type": "epsilon"}, {}),
+    "none of them": (dict.fromkeys(FLAGS), dict.fromkeys(UNET)),
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES), metavar="CHANGE")
+    parser.add_argument("--max_train_steps", type=positive_int, default=500)
+    parser.add_argument("--num_images", type=positive_int, default=500, help="of the test set, to measure")
+    parser.add_argument("--num_timesteps_per_image", type=num_timesteps, default=24)
+    parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "likelihood.json")
+    args = parser.parse_args(argv)
+    args.command = ["python", "benchmarks/likelihood.py", *argv]
+    return args
+
+
+def flags_of(change: str, folder: Path) -> list[str]:
+    """The flags of `train.py` for all choices but those that are changed, with the config of the U-Net in a folder."""
+    flag_changes, unet_changes = CHANGES[change]
+    unet = {key: value for key, value in (UNET | unet_changes).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(unet | {"_class_name": UNET["_class_name"]}))
+    flags = {flag: value for flag, value in (FLAGS | flag_changes).items() if value is not None}
+    words = [word for flag, value in flags.items() for word in [flag, *value.split()]]
+    return [*words, "--model_config_name_or_path", str(folder)]
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Train and measure each, and write what there is after each."""
+    settings = {name: getattr(args, name) for name in ("max_train_steps", "num_images", "num_timesteps_per_image")}
+    settings["seed"] = args.seed
+    result: dict[str, Any] = {
+        "likelihood": earlier_figures(args.output, "likelihood", settings),
+        "settings": settings,
+        **provenance(args),
+    }
+    test_images = random_subset(decode_images(load_split(str(MNIST), split="test")), args.num_images, args.seed)
+    for name in args.changes:
+        if name in result["likelihood"]:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            flags = flags_of(name, Path(folder))
+            flags += ["--max_train_steps", str(args.max_train_steps), "--seed", str(args.seed)]
+            training = TrainScript(flags, Path(folder) / "training")
+            for _ in range(args.max_train_steps):
+                training.step()
+            pipe = training.trainer.published_pipeline()
+        generator = torch.Generator().manual_seed(args.seed)
+        bound = bits_per_dim(pipe.unet, pipe.scheduler, test_images, args.num_timesteps_per_image, generator=generator)
+        result["likelihood"][name] = {
+            "total": bound.total,
+            "standard_error": bound.standard_error,
+            "L_T": bound.prior.mean().item(),
+            "sum of L_{t-1}": bound.diffusion,
+            "L_0": bound.decoder,
+        }
+        print(f"{name:22} {bound.total:.3f} +- {bound.standard_error:.3f} bits per dimension")
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main(parse_args())
