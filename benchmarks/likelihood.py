@@ -31,7 +31,6 @@ FLAGS = {
     "--ddpm_log_snr": "9 -5",
     "--variance_type": "learned_range",
     "--loss_type": "vlb",
-    "--lr_warmup_steps": "200",
     "--max_grad_norm": "10",
 }
 
@@ -39,7 +38,7 @@ FLAGS = {
 CHANGES: dict[str, tuple[dict[str, str | None], dict[str, Any]]] = {
     "all of them": ({}, {}),
     "no Fourier features": ({}, {"fourier_frequencies": None}),
-    "not so wide, (64, 128)": ({}, {"block_out_channels": None}),
+    "patches of 2 x 2": ({}, dict.fromkeys(("patch_size", "block_out_channels", "down_block_types"))),
     "cosine betas": ({"--ddpm_log_snr": None}, {}),
     "linear betas": ({"--ddpm_log_snr": None, "--ddpm_beta_schedule": "linear"}, {}),
     "T = 64": ({"--ddpm_num_steps": "64"}, {}),
@@ -57,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES), metavar="CHANGE")
-    parser.add_argument("--max_train_steps", type=positive_int, default=500)
+    parser.add_argument("--max_train_steps", type=positive_int, default=300)
     parser.add_argument("--num_images", type=positive_int, default=500, help="of the test set, to measure")
     parser.add_argument("--num_timesteps_per_image", type=num_timesteps, default=24)
     parser.add_argument("--seed", type=non_negative_int, default=0)
@@ -92,7 +91,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             continue
         with tempfile.TemporaryDirectory() as folder:
             flags = flags_of(name, Path(folder))
-            flags += ["--max_train_steps", str(args.max_train_steps), "--seed", str(args.seed)]
+            flags += [
+                "--max_train_steps",
+                str(args.max_train_steps),
+                "--lr_warmup_steps",
+                "50",
+                "--seed",
+                str(args.seed),
+            ]
             training = TrainScript(flags, Path(folder) / "training")
             for _ in range(args.max_train_steps):
                 training.step()

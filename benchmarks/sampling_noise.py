@@ -28,6 +28,11 @@ ROWS: dict[str, tuple[type[MNISTDDPMScheduler | MNISTDDIMScheduler], dict[str, A
     "DDPM, simple_var on (beta_t)": (MNISTDDPMScheduler, {"simple_var": True}, {}),
     "DDPM, noise_scale 0": (MNISTDDPMScheduler, {}, {"noise_scale": 0.0}),
     "DDIM, eta 0": (MNISTDDIMScheduler, {}, {"eta": 0.0}),
+    "DDIM, eta 0, noise of the clipped x_0": (
+        MNISTDDIMScheduler,
+        {},
+        {"eta": 0.0, "use_clipped_model_output": True},
+    ),
     "DDIM, eta 0.5": (MNISTDDIMScheduler, {}, {"eta": 0.5}),
     "DDIM, eta 1": (MNISTDDIMScheduler, {}, {"eta": 1.0}),
     "DDIM, sigma-hat": (MNISTDDIMScheduler, {"simple_var": True}, {"eta": 1.0}),

@@ -174,6 +174,16 @@ def test_eta_adds_noise_to_ddim():
     assert (one - zero).abs().max() > 0.01
 
 
+def test_ddim_with_all_the_noise_is_ddpm_where_both_use_the_clipped_image():
+    """DDIM, section 5; what is drawn is the same, so that the images are, up to rounding."""
+    ddpm, ddim = pipeline(MNISTDDPMScheduler()), pipeline(MNISTDDIMScheduler())
+    expected = images(ddpm, generator=seeded(4))
+    agreed = images(ddim, generator=seeded(4), eta=1.0, use_clipped_model_output=True)
+    torch.testing.assert_close(agreed, expected, atol=1e-4, rtol=0)
+    plain = images(ddim, generator=seeded(4), eta=1.0, use_clipped_model_output=False)
+    assert (plain - expected).abs().max() > 0.01, "something was clipped"
+
+
 def test_noise_scale_zero_makes_ddpm_a_function_of_the_latents():
     pipe = pipeline(MNISTDDPMScheduler())
     latents = torch.randn(1, 1, 8, 8, generator=seeded(3))
@@ -398,6 +408,7 @@ def test_loads_in_a_new_process_by_one_import(tmp_path):
         ({"num_inference_steps": None, "timesteps": [5.5]}, r"`timesteps` must be ints.*got \[5.5\]"),
         ({"eta": 1.5}, "`eta` must be a finite number from 0 to 1, got 1.5"),
         ({"eta": float("nan")}, "`eta`.*got nan"),
+        ({"use_clipped_model_output": 1}, "`use_clipped_model_output` must be True or False, got 1"),
         ({"noise_scale": 1.0}, "`noise_scale` is not for MNISTDDIMScheduler"),
         ({"output_type": "jpeg"}, r"`output_type` must be one of \('pil', 'np', 'pt'\), got 'jpeg'"),
         ({"callback_on_step_end_tensor_inputs": ["prompt"]}, r"may name \('latents', .*got \['prompt'\]"),

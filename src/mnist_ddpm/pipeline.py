@@ -33,7 +33,7 @@ from huggingface_hub import CommitOperationAdd, create_commit, create_repo, file
 KINDS = {"_class_name": DiffusionPipeline, "scheduler": SchedulerMixin, "unet": ModelMixin}
 MAX_CONFIG_BYTES = 5_000_000
 MAX_VALUES = 2**30  # of the images of one call: 4 GiB in float32
-MAX_NOISE_SCALE = 1000.0
+LARGEST = {"eta": 1.0, "noise_scale": 1000.0}  # of the options of a step that are numbers
 OUTPUT_TYPES = ("pil", "np", "pt")
 PIL_CHANNELS = (1, 3, 4)
 LOADING = threading.RLock()  # diffusers patches torch for all threads while it builds a model: one at a time
@@ -79,6 +79,7 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         eta: float | None = None,
+        use_clipped_model_output: bool | None = None,
         noise_scale: float | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -101,6 +102,8 @@ class MNISTDDPMPipeline(DiffusionPipeline):
             timesteps: The timesteps to visit, strictly decreasing within `[0, num_train_timesteps)`, instead of
                 `num_inference_steps`.
             eta: DDIM's weight of the noise, in `[0, 1]`; only for schedulers whose `step` takes it.
+            use_clipped_model_output: Whether DDIM works the noise out again where it clips x_0, so that both agree. It
+                matters in hundreds of steps, where it is better on. Only for schedulers whose `step` takes it.
             noise_scale: Factor on the noise of each backward step, from 0 to 1000; only for schedulers whose `step`
                 takes it.
             output_type: `"pil"` (a list; mode L for one channel), `"np"` (float32, `(B, H, W, C)` in `[0, 1]`) or
@@ -132,7 +135,8 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         device = run._execution_device
         _set_timesteps(scheduler, num_inference_steps, timesteps, device)
         run._num_timesteps = len(scheduler.timesteps)
-        step_kwargs = _step_kwargs(scheduler, generator=generator, eta=eta, noise_scale=noise_scale)
+        options = {"eta": eta, "use_clipped_model_output": use_clipped_model_output, "noise_scale": noise_scale}
+        step_kwargs = _step_kwargs(scheduler, generator, options)
         sample = run._initial_noise(shape, generator, latents, device) * scheduler.init_noise_sigma
 
         takes_variance = scheduler.config.get("variance_type") in ("learned", "learned_range")
@@ -455,19 +459,22 @@ def _set_timesteps(
         scheduler.set_begin_index(0)  # spares the search for each timestep, a wait for the device
 
 
-def _step_kwargs(scheduler: Any, generator: Any, eta: float | None, noise_scale: float | None) -> dict[str, Any]:
-    """What `scheduler.step` is given besides the tensors: the options that it knows."""
+def _step_kwargs(scheduler: Any, generator: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """What `scheduler.step` is given besides the tensors: the generator, if it knows one, and what was asked for."""
     known = _parameters(scheduler.step)
     step_kwargs: dict[str, Any] = {"generator": generator} if "generator" in known else {}
-    for name, value, upper in (("eta", eta, 1.0), ("noise_scale", noise_scale, MAX_NOISE_SCALE)):
+    for name, value in options.items():
         if value is None:
             continue
         if name not in known:
             raise ValueError(
                 f"`{name}` is not for {type(scheduler).__name__}, whose step has no such thing: leave it out"
             )
-        if not isinstance(value, int | float) or not 0 <= value <= upper:  # NaN compares false
-            raise ValueError(f"`{name}` must be a finite number from 0 to {upper:g}, got {value!r}")
+        if name in LARGEST:
+            if not isinstance(value, int | float) or not 0 <= value <= LARGEST[name]:  # NaN compares false
+                raise ValueError(f"`{name}` must be a finite number from 0 to {LARGEST[name]:g}, got {value!r}")
+        elif not isinstance(value, bool):
+            raise ValueError(f"`{name}` must be True or False, got {value!r}")
         step_kwargs[name] = value
     return step_kwargs
 
