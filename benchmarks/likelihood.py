@@ -1,7 +1,7 @@
-"""What each choice of a training for likelihood brings, in bits per dimension: all of them, and all but one.
+"""What each choice of a training for likelihood is worth, in bits per dimension: one of them changed at a time.
 
-Each row is `examples/train.py` for as many steps, then the variational bound on test images, estimated from the same
-images and timesteps. Rows that the output file has already are kept: a comparison that was stopped goes on.
+Each row is `examples/train.py` for as many steps, few of them, then the variational bound on test images, estimated
+from the same images. Rows that the output file has already are kept: a comparison that was stopped goes on.
 """
 
 import argparse
@@ -38,11 +38,17 @@ FLAGS = {
 CHANGES: dict[str, tuple[dict[str, str | None], dict[str, Any]]] = {
     "all of them": ({}, {}),
     "no Fourier features": ({}, {"fourier_frequencies": None}),
-    "patches of 2 x 2": ({}, dict.fromkeys(("patch_size", "block_out_channels", "down_block_types"))),
-    "cosine betas": ({"--ddpm_log_snr": None}, {}),
-    "linear betas": ({"--ddpm_log_snr": None, "--ddpm_beta_schedule": "linear"}, {}),
+    "default U-Net, with Fourier features": (
+        {},
+        dict.fromkeys(("patch_size", "block_out_channels", "down_block_types")),
+    ),
     "T = 64": ({"--ddpm_num_steps": "64"}, {}),
     "T = 1000": ({"--ddpm_num_steps": "1000"}, {}),
+    "T = 1000, cosine betas": ({"--ddpm_num_steps": "1000", "--ddpm_log_snr": None}, {}),
+    "T = 1000, linear betas": (
+        {"--ddpm_num_steps": "1000", "--ddpm_log_snr": None, "--ddpm_beta_schedule": "linear"},
+        {},
+    ),
     "fixed_small": ({"--variance_type": "fixed_small"}, {}),
     "fixed_large": ({"--variance_type": "fixed_large"}, {}),
     "loss hybrid": ({"--loss_type": "hybrid"}, {}),
@@ -67,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def flags_of(change: str, folder: Path) -> list[str]:
-    """The flags of `train.py` for all choices but those that are changed, with the config of the U-Net in a folder."""
+    """The flags of `train.py` for all choices but those that are changed; writes the U-Net's config to a folder."""
     flag_changes, unet_changes = CHANGES[change]
     unet = {key: value for key, value in (UNET | unet_changes).items() if value is not None}
     (folder / "config.json").write_text(json.dumps(unet | {"_class_name": UNET["_class_name"]}))
@@ -79,7 +85,7 @@ def flags_of(change: str, folder: Path) -> list[str]:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train and measure each, and write what there is after each."""
     settings = {name: getattr(args, name) for name in ("max_train_steps", "num_images", "num_timesteps_per_image")}
-    settings["seed"] = args.seed
+    settings |= {"seed": args.seed, "flags": FLAGS, "unet": UNET}
     result: dict[str, Any] = {
         "likelihood": earlier_figures(args.output, "likelihood", settings),
         "settings": settings,
@@ -105,13 +111,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             pipe = training.trainer.published_pipeline()
         generator = torch.Generator().manual_seed(args.seed)
         bound = bits_per_dim(pipe.unet, pipe.scheduler, test_images, args.num_timesteps_per_image, generator=generator)
-        result["likelihood"][name] = {
-            "total": bound.total,
-            "standard_error": bound.standard_error,
-            "L_T": bound.prior.mean().item(),
-            "sum of L_{t-1}": bound.diffusion,
-            "L_0": bound.decoder,
-        }
+        result["likelihood"][name] = bound.summary()
         print(f"{name:22} {bound.total:.3f} +- {bound.standard_error:.3f} bits per dimension")
         args.output.write_text(json.dumps(result, indent=2) + "\n")
     return result

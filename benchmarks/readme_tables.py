@@ -198,7 +198,7 @@ def noise_table(results: dict[str, Result]) -> str:
 def schedules(results: dict[str, Result]) -> str:
     """What `benchmarks/schedules.py` wrote: a row for a schedule and a seed."""
     (result,) = results.values()
-    runs = dict(sorted(result["runs"].items(), reverse=True))  # linear first
+    runs = result["runs"]
     steps = list(next(iter(runs.values()))["fid"])
     rows = [
         [
@@ -210,19 +210,23 @@ def schedules(results: dict[str, Result]) -> str:
         for name, run in runs.items()
     ]
     titles = ["bits per dimension", "of them L_0", *(f"FID, {n} steps" for n in steps)]
-    return f"{table(['', *titles], rows)}\n\n{origins(results)}"
+    picture = (
+        "![alpha_bar and SNR of both schedules, loss and bound over t, FID over steps](../assets/schedules.png)\n\n"
+    )
+    return f"{picture}{table(['', *titles], rows)}\n\n{origins(results)}"
 
 
 def likelihood(results: dict[str, Result]) -> str:
-    """What `benchmarks/likelihood.py` wrote: a row for each choice that is left out."""
+    """What `benchmarks/likelihood.py` wrote: a row for each choice that is changed."""
     (result,) = results.values()
     rows = [
-        [name, f"{bound['total']:.3f} +- {bound['standard_error']:.3f}", f"{bound['L_0']:.3f}"]
+        [name, f"{bound['total']:.3f} +- {bound['standard_error']:.3f}", f"{bound['L_0']:.3f}", f"{bound['L_T']:.3f}"]
         for name, bound in result["likelihood"].items()
     ]
     return (
-        f"After {result['settings']['max_train_steps']:,} steps, all choices, and all but the one that is named:\n\n"
-        f"{table(['', 'bits per dimension', 'of them L_0'], rows)}\n\n{origins(results)}"
+        f"After {result['settings']['max_train_steps']:,} steps, with all choices, with one of them changed, and with "
+        "none of them:\n\n"
+        f"{table(['', 'bits per dimension', 'of them `L_0`', 'of them `L_T`'], rows)}\n\n{origins(results)}"
     )
 
 

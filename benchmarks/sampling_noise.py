@@ -67,8 +67,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     quality = Quality(args.num_images, args.seed, device=device)
     pipe = MNISTDDPMPipeline.from_pretrained(args.model).to(device)
     settings = {"weights_sha256": weights_digest(pipe.unet), "num_images": args.num_images, "seed": args.seed}
+    earlier = earlier_figures(args.output, "noise_table", settings)
     result: dict[str, Any] = {
-        "noise_table": earlier_figures(args.output, "noise_table", settings),
+        "noise_table": {name: earlier.get(name, {}) for name in ROWS},
         "settings": settings,
         "floor": quality.floor,
         **provenance(args),
@@ -77,7 +78,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     config = pipe.scheduler.config
     for steps in sorted(args.steps):
         for name, (scheduler_class, scheduler_options, call_options) in ROWS.items():
-            cells = result["noise_table"].setdefault(name, {})
+            cells = result["noise_table"][name]
             if str(steps) in cells:
                 continue
             pipe.scheduler = scheduler_class.from_config(config, **scheduler_options)

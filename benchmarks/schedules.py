@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 from batches import Batch  # noqa: E402
 from evaluate import provenance  # noqa: E402
 from loss import DiffusionLoss  # noqa: E402
-from quality import Quality, in_bf16  # noqa: E402
+from quality import Quality  # noqa: E402
 from train import MNIST, non_negative_int, positive_int  # noqa: E402
 
 from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler  # noqa: E402
@@ -78,8 +78,7 @@ def loss_over_t(pipe: MNISTDDPMPipeline, images: torch.Tensor, seed: int) -> dic
     losses = []
     for t in timesteps:
         noise = torch.randn(images.shape, generator=generator)
-        with in_bf16("cpu", True):
-            losses.append(loss(pipe.unet, Batch(images / 127.5 - 1, noise, t.expand(len(images)))).item())
+        losses.append(loss(pipe.unet, Batch(images / 127.5 - 1, noise, t.expand(len(images)))).item())
     return {"timesteps": timesteps.tolist(), "loss": losses}
 
 
@@ -88,18 +87,14 @@ def measure(folder: Path, quality: Quality, test_images: torch.Tensor, args: arg
     pipe = MNISTDDPMPipeline.from_pretrained(folder)
     scheduler = MNISTDDPMScheduler.from_config(pipe.scheduler.config, simple_var=False)
     generator = torch.Generator().manual_seed(args.seed)
-    with in_bf16("cpu", True):
-        bound = bits_per_dim(pipe.unet, scheduler, test_images, num_timesteps=NUM_TIMESTEPS, generator=generator)
+    bound = bits_per_dim(pipe.unet, scheduler, test_images, num_timesteps=NUM_TIMESTEPS, generator=generator)
     log = (folder / "train_log.jsonl").read_text().splitlines()
     pipe.scheduler = MNISTDDIMScheduler.from_config(pipe.scheduler.config)
     return {
         "final_training_loss": sum(json.loads(line)["loss"] for line in log[-200:]) / min(200, len(log)),
         "test_loss": loss_over_t(pipe, test_images, args.seed),
         "bits_per_dim": {
-            "total": bound.total,
-            "standard_error": bound.standard_error,
-            "L_T": bound.prior.mean().item(),
-            "L_0": bound.decoder,
+            **bound.summary(),
             "timesteps": bound.timesteps.double().mean(0).tolist(),
             "terms": (bound.terms.mean(0)).tolist(),
         },

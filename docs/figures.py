@@ -1,9 +1,10 @@
-"""Make the pictures of `theory.md` from the package's own model and from MNIST.
+"""Make the pictures of `theory.md` from the package's own model, its training's log, and MNIST.
 
 python docs/figures.py
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,23 @@ def backward_picture(pipe: MNISTDDPMPipeline) -> Image.Image:
     )
 
 
+def curve_picture(path: Path) -> None:
+    """The loss of the training that made the package's weights, from `benchmarks/results/training.json`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    training = json.loads((ROOT / "benchmarks" / "results" / "training.json").read_text())["training"]
+    window, loss = training["loss_window"], training["loss"]
+    figure, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
+    axes.plot([window * (i + 1) for i in range(len(loss))], loss)
+    axes.set(xlabel="steps", ylabel=f"loss, mean of {window} steps", yscale="log")
+    axes.grid(which="both", alpha=0.3)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 def main() -> None:
     """Write all of them to `docs/`."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
@@ -71,6 +89,7 @@ def main() -> None:
     forward_picture().save(folder / "forward.png")
     noise_picture(pipe).save(folder / "noise.png")
     backward_picture(pipe).save(folder / "backward.png")
+    curve_picture(folder / "curve.png")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def remove_earlier_run(output_dir: Path) -> None:
 
 def _earlier_run(output_dir: Path) -> list[Path]:
     """The files and folders that tell of an earlier run."""
-    files = [output_dir / LOG, output_dir / "model_index.json"]
+    files = [output_dir / LOG, output_dir / PIPELINES, output_dir / "model_index.json"]
     return [path for path in files if path.exists()] + list_checkpoints(output_dir)
 
 
@@ -252,13 +252,13 @@ def cut_back(output_dir: Path, step: int) -> None:
     for pattern in ("*.partial", f"{GRIDS}/*.partial", f"{PIPELINES}/*.partial"):
         for path in output_dir.glob(pattern):
             remove(path)
-    for pattern, last in {
-        f"{GRIDS}/step-*.png": grid_path(output_dir, step),
-        f"{PIPELINES}/step-*": kept_pipeline_path(output_dir, step),
-    }.items():
-        for path in output_dir.glob(pattern):
-            if path > last:
-                remove(path)
+    for path in output_dir.glob(f"{PIPELINES}/step-*"):
+        if path > kept_pipeline_path(output_dir, step):
+            logger.warning("Removing %s: the run goes on from step %s.", path, step)
+            remove(path)
+    for path in output_dir.glob(f"{GRIDS}/step-*.png"):
+        if path > grid_path(output_dir, step):
+            remove(path)
 
 
 def prune_checkpoints(output_dir: Path, total_limit: int | None) -> None:

@@ -219,11 +219,7 @@ def measure_bound(args: argparse.Namespace, device: str, test: "torch.Tensor") -
         bound = bits_per_dim(pipe.unet, scheduler, test, terms_per_image, args.batch_size, generator, bar.update)
     quarters = [i * num_timesteps // 4 for i in range(5)]
     result = {
-        "total": bound.total,
-        "standard_error": bound.standard_error,
-        "L_T": bound.prior.mean().item(),
-        "sum of L_{t-1}": bound.diffusion,
-        "L_0": bound.decoder,
+        **bound.summary(),
         "quarters of t": [bound.between(*ends) for ends in pairwise(quarters)],
         "schedule_cost": VariationalBound(scheduler).schedule_cost(),
         "variance_type": scheduler.config["variance_type"],

@@ -208,7 +208,7 @@ class Trainer:
                 self._save_images(done)
             stopping = self._agree_to_stop(done)
             pipeline_due = stopping or self._every_epochs(self.args.save_model_epochs, done)
-            kept_pipeline_due = self._completes(self.args.keep_model_epochs, done)
+            kept_pipeline_due = self._completes_epochs(self.args.keep_model_epochs, done)
             checkpoint_due = stopping or done == self.total_steps or done % self.args.checkpointing_steps == 0
             if done % REPORT_STEPS == 0 or pipeline_due or kept_pipeline_due or checkpoint_due:
                 self._report(done)
@@ -270,10 +270,10 @@ class Trainer:
 
     def _every_epochs(self, epochs: int, done: int) -> bool:
         """Whether the last step completed this many epochs, or that many again; always at the end of the run."""
-        return done == self.total_steps or self._completes(epochs, done)
+        return done == self.total_steps or self._completes_epochs(epochs, done)
 
-    def _completes(self, epochs: int | None, done: int) -> bool:
-        """Whether the last step completed this many epochs, or that many again; never where there is no number."""
+    def _completes_epochs(self, epochs: int | None, done: int) -> bool:
+        """Whether the last step completed a multiple of this many epochs; never where there is no number."""
         if epochs is None:
             return False
         period = epochs * self.num_images
@@ -405,7 +405,7 @@ class Trainer:
             replace_files(partial, self.output_dir, last="model_index.json")
 
     def _keep_pipeline(self, done: int) -> None:
-        """Save the pipeline under the number of its step, for good."""
+        """Save the pipeline under the number of its step, where no later one takes its place."""
         if self.accelerator.is_main_process:
             path = kept_pipeline_path(self.output_dir, done)
             path.parent.mkdir(exist_ok=True)

@@ -276,7 +276,7 @@ def test_output_folder_is_made_and_must_be_writable(tmp_path):
         check_output_dir(tmp_path / "file" / "run", earlier_run_expected=False)
 
 
-@pytest.mark.parametrize("name", ["train_log.jsonl", "model_index.json", "checkpoint-7"])
+@pytest.mark.parametrize("name", ["train_log.jsonl", "model_index.json", "pipelines", "checkpoint-7"])
 def test_earlier_run_is_refused_and_kept_unless_expected(tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / "photo.jpg").touch()

@@ -17,7 +17,10 @@ import mnist_ddpm.hub
 from mnist_ddpm import PRETRAINED, MNISTDDPMPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
-READMES = [ROOT / "README.md", ROOT / "examples" / "README.md", ROOT / "data" / "mnist" / "README.md"]
+READMES = [
+    *(ROOT / name for name in ("README.md", "examples/README.md", "data/mnist/README.md", "benchmarks/README.md")),
+    ROOT / "docs" / "theory.md",
+]
 
 
 def blocks(readme: Path, language: str) -> list[str]:
@@ -172,12 +175,12 @@ def test_tables_show_each_kind_of_result(tmp_path):
         | {
             "runs": {
                 f"{name}-0": {"bits_per_dim": {"total": bits, "L_0": 0.5}, "fid": {"5": {"fid": 20.0}}}
-                for name, bits in (("cosine", 1.5), ("linear", 2.0))
+                for name, bits in (("linear", 2.0), ("cosine", 1.5))
             }
         },
         "likelihood": origin
         | {
-            "likelihood": {"all of them": {"total": 1.25, "standard_error": 0.125, "L_0": 0.5}},
+            "likelihood": {"all of them": {"total": 1.25, "standard_error": 0.125, "L_0": 0.5, "L_T": 0.25}},
             "settings": {"max_train_steps": 1000},
         },
         "bits": origin
@@ -230,7 +233,7 @@ def test_tables_show_each_kind_of_result(tmp_path):
     assert "|  | 10 steps | 1000 steps |" in text
     assert "| DDIM, eta 1 | 12.50 | 1.25 |" in text
     assert "| linear, seed 0 | 2.000 | 0.500 | 20.00 |\n| cosine, seed 0 | 1.500 | 0.500 | 20.00 |" in text
-    assert "| all of them | 1.250 +- 0.125 | 0.500 |" in text
+    assert "| all of them | 1.250 +- 0.125 | 0.500 | 0.250 |" in text
     assert "| bits | 10,000 | 1.000 | 0.250 | 0.000 | 0.500 | 0.500 |" in text
     assert "| linear betas | 500 | 40.00 | 75% | worse |\n| batch size 32 | 500 | 10.00 | 75% | better |" in text
     assert "| `ours` | 2.0 M | 400 | 10.0 | 50.0 |  |\n| `stock` | 2.0 M | 40 | 1.0 | 50.0 | 50.0 |" in text

@@ -6,6 +6,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from sampling_noise import ROWS
+
+from mnist_ddpm import MNISTDDPMScheduler, VariationalBound
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
@@ -43,6 +47,22 @@ def test_commands_are_understood(words):
 
 def test_every_formula_of_the_document_is_there():
     assert {int(n) for n in re.findall(r"\bD(\d+)\b", GUIDE)} >= set(range(1, 15))
+
+
+def test_costs_of_the_schedules_are_those_of_the_table():
+    schedules = [("linear", 1000), ("squaredcos_cap_v2", 1000), ("squaredcos_cap_v2", 4000)]
+    bounds = [
+        VariationalBound(MNISTDDPMScheduler(num_train_timesteps=T, beta_schedule=name, variance_type="fixed_large"))
+        for name, T in schedules
+    ]
+    costs = [bound.schedule_cost() for bound in bounds]
+    for key, row in {"background_decoder": "L_0 of a black", "variance_mismatch": "all L_{t-1} of a"}.items():
+        cells = " | ".join(f"{cost[key]:.3f}" for cost in costs)
+        assert re.search(rf"^\| {re.escape(row)}[^|]*\| {re.escape(cells)} \|$", GUIDE, re.MULTILINE), cells
+
+
+def test_the_picture_of_the_noise_has_a_row_for_each_kind():
+    assert Image.open(ROOT / "docs" / "noise.png").height == len(ROWS) * 28
 
 
 def test_every_picture_is_there():

@@ -106,6 +106,24 @@ def test_before_training_the_prediction_is_zero_and_all_of_it_can_learn():
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in unet.parameters())
 
 
+def test_fourier_features_are_waves_of_the_sample_times_a_gain_of_the_timestep():
+    features = tiny_unet(fourier_frequencies=(0, 5)).fourier_features
+    x, emb = images(2, 1, 8, 8), images(2, features.gain.in_features)
+    gain = emb.double() @ features.gain.weight.double().T + features.gain.bias.double()
+    waves = [wave(2**n * math.pi * x.double()) for n in (0, 5) for wave in (torch.sin, torch.cos)]
+    expected = torch.cat(waves, dim=1) * gain[:, :, None, None]
+    torch.testing.assert_close(features(x, emb).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_fourier_features_put_neighboring_gray_values_on_opposite_sides():
+    """They are 2/255 apart, at n = 7 half a period and a bit; the waves' own precision is that of bfloat16."""
+    grays = (torch.arange(256) / 127.5 - 1).view(1, 1, 16, 16)
+    features = MNISTUNet2DModel(**TINY, fourier_frequencies=(7,)).fourier_features  # whose gain is 1 to begin with
+    with torch.autocast("cpu", torch.bfloat16):
+        points = features(grays, torch.zeros(1, features.gain.in_features)).flatten(2)[0].float()
+    assert (points[:, 1:] - points[:, :-1]).norm(dim=0).min() > 1.9
+
+
 def test_return_dict():
     unet, x = tiny_unet(), images(1, 1, 8, 8)
     (plain,) = unet(x, 3, return_dict=False)

@@ -304,6 +304,16 @@ class BitsPerDim:
         """The sum of all L_{t-1}."""
         return (self.terms[:, 1:] @ self.weights[1:]).mean().item()
 
+    def summary(self) -> dict[str, float]:
+        """The total, its standard error, and the three parts that it is the sum of, by their names in formulas."""
+        return {
+            "total": self.total,
+            "standard_error": self.standard_error,
+            "L_T": self.prior.mean().item(),
+            "sum of L_{t-1}": self.diffusion,
+            "L_0": self.decoder,
+        }
+
     def between(self, start: int, stop: int) -> float:
         """The sum of the terms of timesteps from `start` to `stop - 1`; L_0 is one of them, L_T is not."""
         inside = (self.timesteps >= start) & (self.timesteps < stop)

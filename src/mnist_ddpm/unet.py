@@ -39,7 +39,7 @@ from torch import nn
 DOWN_BLOCK_TYPES = ("DownBlock2D", "AttnDownBlock2D")
 # What a config may ask for, checked before anything is allocated. DDPM's largest U-Net has 256 million weights.
 MAX_WEIGHTS, MAX_SAMPLE_SIZE, MAX_LAYERS_PER_BLOCK = 10**9, 4096, 64
-MAX_FREQUENCY = 16  # float32 tells values near 1 apart to 2^-24, and waves of 2^-16 still by their phase
+MAX_FREQUENCY = 16  # a wave of period 2^-15, whose phase float32 gives to 0.02 rad where x is near 1
 ONE_VALUE_EACH = "the groups of the coarsest level have one value each, of which a norm leaves nothing"
 MAX_CONFIG_BYTES = 5_000_000
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
@@ -271,7 +271,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         self.fourier_features = (
             FourierFeatures(in_channels, fourier_frequencies, time_embed_dim) if fourier_frequencies else None
         )
-        self.conv_in = nn.Conv2d(_features(self.config) * patch_area, block_out_channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(_input_channels(self.config) * patch_area, block_out_channels[0], 3, padding=1)
         self.down_blocks = stages()
         self.downsamplers = nn.ModuleList(
             nn.Conv2d(fine, coarse, 3, stride=2, padding=1) for fine, coarse in pairwise(block_out_channels)
@@ -364,7 +364,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         emb = self.time_embedding(self._timesteps(timestep, sample), sample.dtype)
 
         features = sample
-        if self.fourier_features:
+        if self.fourier_features is not None:
             features = torch.cat([sample, self.fourier_features(sample, emb)], dim=1)
         h = self.conv_in(F.pixel_unshuffle(features, self.config.patch_size))
         skips = []
@@ -534,10 +534,10 @@ def _check_config(config: Any) -> None:
         )
 
 
-def _features(config: Any) -> int:
-    """Channels that enter the network for each pixel."""
-    features: int = config.in_channels * (1 + 2 * len(config.fourier_frequencies))
-    return features
+def _input_channels(config: Any) -> int:
+    """Channels that enter the network for each pixel: those of the sample, and its Fourier features."""
+    channels: int = config.in_channels * (1 + 2 * len(config.fourier_frequencies))
+    return channels
 
 
 def _can_normalize(config: Any, sizes: Sequence[int]) -> bool:
@@ -561,8 +561,8 @@ def _num_weights(config: Any) -> int:
         + stage(channels[-1], True)
         + stage(channels[-1], False)
         + time_embed_dim * (channels[0] + time_embed_dim)
-        + 9 * channels[0] * config.patch_size**2 * (_features(config) + config.out_channels)
-        + time_embed_dim * (_features(config) - config.in_channels + config.in_channels * config.out_channels)
+        + 9 * channels[0] * config.patch_size**2 * (_input_channels(config) + config.out_channels)
+        + time_embed_dim * (_input_channels(config) - config.in_channels + config.in_channels * config.out_channels)
     )
 
 
