@@ -1,8 +1,6 @@
 """The guide in `docs/theory.md`: what it quotes and what it shows is there."""
 
-import importlib
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -27,22 +25,6 @@ def test_quoted_lines_stand_in_the_file(file, lines):
     code = [line.strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
     quoted = [line.strip() for line in lines]
     assert any(code[i : i + len(quoted)] == quoted for i in range(len(code)))
-
-
-def commands():
-    """Each command that the guide gives, in words."""
-    for block in re.finditer(r"```bash\n(.*?)```", GUIDE, re.DOTALL):
-        for line in block[1].splitlines():
-            yield pytest.param(shlex.split(line), id=line[:60])
-
-
-@pytest.mark.parametrize("words", list(commands()))
-def test_commands_are_understood(words):
-    """The flags alone; to run them takes hours."""
-    (script,) = (word for word in words if word.endswith(".py"))
-    module = importlib.import_module(Path(script).stem)
-    assert (ROOT / script).exists()
-    module.parse_args(words[words.index(script) + 1 :])
 
 
 def test_every_formula_of_the_document_is_there():
