@@ -1,9 +1,9 @@
 """Train with linear and with cosine betas side by side, under equal conditions, and see who wins and where in t.
 
-Each run is one of `examples/train.py`, kept in `--runs_dir`: what is finished there is not trained again, so that a
-comparison that was stopped goes on. Then each model is measured on test images, its loss and the terms of the
-variational bound over t, and by FID over the number of DDIM steps. The figure beside the JSON shows it all, with
-alpha_bar and the signal-to-noise ratio of both schedules.
+Each run is one of `examples/train.py`, kept in `--runs_dir`. Then each model is measured on test images, its loss
+and the terms of the variational bound over t, and by FID over the number of DDIM steps. What is trained or
+measured already is kept: a comparison that was stopped goes on. The figure beside the JSON shows it all, with
+alpha_bar and the SNR of both schedules.
 """
 
 import argparse
@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 from batches import Batch  # noqa: E402
 from evaluate import provenance  # noqa: E402
 from loss import DiffusionLoss  # noqa: E402
-from quality import Quality  # noqa: E402
+from quality import Quality, earlier_figures  # noqa: E402
 from train import MNIST, non_negative_int, positive_int  # noqa: E402
 
 from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler  # noqa: E402
@@ -32,6 +32,7 @@ from mnist_ddpm.metrics import random_subset  # noqa: E402
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 COLORS = {"linear": "tab:orange", "cosine": "tab:blue"}
 NUM_TIMESTEPS = 50  # of each test image, for the loss and the bound
+SETTINGS = ("max_train_steps", "train_flags", "sampling_steps", "num_images", "num_test_images", "seed")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -142,8 +143,16 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     runs = {f"{schedule}-{seed}": train(schedule, seed, args) for seed in args.seeds for schedule in SCHEDULES}
     quality = Quality(args.num_images, args.seed)
     test_images = random_subset(decode_images(load_split(str(MNIST), split="test")), args.num_test_images, args.seed)
-    result: dict[str, Any] = {"runs": {}, "floor": quality.floor, "num_images": args.num_images, **provenance(args)}
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    result: dict[str, Any] = {
+        "runs": earlier_figures(args.output, "runs", settings),
+        "settings": settings,
+        "floor": quality.floor,
+        **provenance(args),
+    }
     for name, folder in runs.items():
+        if name in result["runs"]:
+            continue
         result["runs"][name] = measured = measure(folder, quality, test_images, args)
         fids = ", ".join(f"{n}: {scores['fid']:.2f}" for n, scores in measured["fid"].items())
         print(f"{name:>9}  {measured['bits_per_dim']['total']:.3f} bits per dimension  FID by steps {fids}")
