@@ -231,12 +231,13 @@ def likelihood(results: dict[str, Result]) -> str:
 
 
 def bits_per_dim(results: dict[str, Result]) -> str:
-    """What `examples/evaluate.py --bits_per_dim` wrote: a row for each file."""
+    """What `examples/evaluate.py --bits_per_dim` wrote: a row for each model."""
     parts = ("total", "standard_error", "L_T", "sum of L_{t-1}", "L_0")
-    rows = [
-        [name, f"{bound['num_images']:,}", *(f"{bound[part]:.3f}" for part in parts)]
-        for name, bound in ((name, result["bits_per_dim"]) for name, result in results.items())
-    ]
+    rows = []
+    for result in results.values():
+        bound, words = result["bits_per_dim"], result["command"].split()
+        model = f"`{words[words.index('--model') + 1]}`, {bound['variance_type']}"
+        rows.append([model, f"{bound['num_images']:,}", *(f"{bound[part]:.3f}" for part in parts)])
     titles = ["test images", "bits per dimension, at most", "standard error", *(f"`{part}`" for part in parts[2:])]
     return f"{table(['', *titles], rows)}\n\n{origins(results)}"
 

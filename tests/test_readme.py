@@ -186,7 +186,8 @@ def test_tables_show_each_kind_of_result(tmp_path):
         "bits": origin
         | {
             "bits_per_dim": {"total": 1.0, "standard_error": 0.25, "L_T": 0.0, "sum of L_{t-1}": 0.5, "L_0": 0.5}
-            | {"num_images": 10_000}
+            | {"num_images": 10_000, "variance_type": "fixed_small"},
+            "command": "python x.py --model digits",
         },
         "recipes": origin
         | {
@@ -220,7 +221,7 @@ def test_tables_show_each_kind_of_result(tmp_path):
     assert "| `LMSDiscreteScheduler` | 50.0% | 0.625 |" in text
     assert "99.00% of the 10,000 test images" in text
     assert "1,000 steps in 2 minutes, 512 images per second; mean loss of the last 500 steps 0.2500" in text
-    assert text.count("`python x.py` (a machine; torch 2.13.0, diffusers 0.42.1)") == 11
+    assert text.count("`python x.py` (a machine; torch 2.13.0, diffusers 0.42.1)") == 10
     assert "1,234, of which 75% were accepted" in text
     assert "| training, 20 steps | 1,536 |" in text
     assert "| sampling 100,000 images to files | 512 |" in text
@@ -234,7 +235,7 @@ def test_tables_show_each_kind_of_result(tmp_path):
     assert "| DDIM, eta 1 | 12.50 | 1.25 |" in text
     assert "| linear, seed 0 | 2.000 | 0.500 | 20.00 |\n| cosine, seed 0 | 1.500 | 0.500 | 20.00 |" in text
     assert "| all of them | 1.250 +- 0.125 | 0.500 | 0.250 |" in text
-    assert "| bits | 10,000 | 1.000 | 0.250 | 0.000 | 0.500 | 0.500 |" in text
+    assert "| `digits`, fixed_small | 10,000 | 1.000 | 0.250 | 0.000 | 0.500 | 0.500 |" in text
     assert "| linear betas | 500 | 40.00 | 75% | worse |\n| batch size 32 | 500 | 10.00 | 75% | better |" in text
     assert "| `ours` | 2.0 M | 400 | 10.0 | 50.0 |  |\n| `stock` | 2.0 M | 40 | 1.0 | 50.0 | 50.0 |" in text
     assert "| `ours` | 5 | 100.0 | 12.00 |" in text
