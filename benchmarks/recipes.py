@@ -1,8 +1,9 @@
 """The search for the U-Net and the recipe: one change at a time, each trained for as long, each scored.
 
 Each row is `examples/train.py` with the defaults but for one thing; the number of steps is what fits the time, by the
-speed of its first steps, so that the learning rate comes down to 0 as in a real run. Rows that the output file has
-already are kept: a search that was stopped goes on.
+speed of its first steps, so that the learning rate comes down to 0 as in a real run. "another seed" and "none" should
+be alike: how far they are apart is what chance does. Rows that the output file has already are kept: a search that was
+stopped goes on.
 """
 
 import argparse
@@ -10,6 +11,9 @@ import json
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ ATTENTION = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D")}
 # what is changed: flags of train.py, and arguments of the U-Net
 CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "none": ([], {}),
+    "another seed": (["--seed", "1000"], {}),
     "epsilon-prediction": (["--prediction_type", "epsilon"], {}),
     "sample-prediction": (["--prediction_type", "sample"], {}),
     "linear betas": (["--ddpm_beta_schedule", "linear"], {}),
@@ -67,6 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=positive, default=3.0, help="of training, each")
     parser.add_argument("--num_images", type=positive_int, default=1000, help="for each score")
     parser.add_argument("--num_inference_steps", type=positive_int, default=20, help="of DDIM")
+    parser.add_argument("--jobs", type=positive_int, default=1, help="trainings at a time, on a share of the threads")
     parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "recipes.json")
     args = parser.parse_args(argv)
@@ -78,7 +84,7 @@ def train(name: str, args: argparse.Namespace, folder: Path) -> tuple[TrainScrip
     """Train with a change for the given time; returns the training, and its steps per second."""
     flags, unet_config = CHANGES[name]
     MNISTUNet2DModel(**unet_config).save_config(folder / "unet")
-    flags = [*flags, "--seed", str(args.seed), "--model_config_name_or_path", str(folder / "unet")]
+    flags = ["--seed", str(args.seed), "--model_config_name_or_path", str(folder / "unet"), *flags]
 
     trial = TrainScript([*flags, "--max_train_steps", str(SPEED_STEPS)], folder / "trial")
     trial.step()
@@ -95,32 +101,47 @@ def train(name: str, args: argparse.Namespace, folder: Path) -> tuple[TrainScrip
     return training, steps / (time.perf_counter() - start)
 
 
+@cache
+def quality_of(num_images: int, seed: int) -> Quality:
+    """What scores, made once in each process."""
+    return Quality(num_images, seed, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def recipe(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Train with a change and score: a row."""
+    with tempfile.TemporaryDirectory() as folder:
+        training, steps_per_second = train(name, args, Path(folder))
+        quality = quality_of(args.num_images, args.seed)
+        scores = quality(training.pipeline(), training.bf16, num_inference_steps=args.num_inference_steps)
+    return {
+        "flags": CHANGES[name][0],
+        "unet": CHANGES[name][1],
+        "steps": training.steps,
+        "training_images_per_second": steps_per_second * training.batch_size,
+        **scores,
+    }
+
+
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train and score each change, and write what there is after each."""
-    quality = Quality(args.num_images, args.seed, device="cuda" if torch.cuda.is_available() else "cpu")
-    settings = {name: getattr(args, name) for name in ("minutes", "num_images", "num_inference_steps", "seed")}
+    threads = max(1, torch.get_num_threads() // args.jobs)
+    settings = {name: getattr(args, name) for name in ("minutes", "num_images", "num_inference_steps", "seed", "jobs")}
+    recipes = earlier_figures(args.output, "recipes", settings)
     result: dict[str, Any] = {
-        "recipes": earlier_figures(args.output, "recipes", settings),
+        "recipes": recipes,
         "settings": settings,
-        "floor": quality.floor,
-        "threads": torch.get_num_threads(),
+        "floor": quality_of(args.num_images, args.seed).floor,
+        "threads": threads,
         **provenance(args),
     }
-    for name in args.changes:
-        if name in result["recipes"]:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            training, steps_per_second = train(name, args, Path(folder))
-            scores = quality(training.pipeline(), training.bf16, num_inference_steps=args.num_inference_steps)
-        result["recipes"][name] = {
-            "flags": CHANGES[name][0],
-            "unet": CHANGES[name][1],
-            "steps": training.steps,
-            "training_images_per_second": steps_per_second * training.batch_size,
-            **scores,
-        }
-        print(f"{name:32} {steps_per_second * training.batch_size:6.0f} images/s  FID {scores['fid']:7.2f}")
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        rows = {pool.submit(recipe, name, args): name for name in args.changes if name not in recipes}
+        for row in as_completed(rows):
+            name = rows[row]
+            recipes[name] = row.result()
+            result["recipes"] = {name: recipes[name] for name in CHANGES if name in recipes}
+            print("{:32} {training_images_per_second:6.0f} images/s  FID {fid:7.2f}".format(name, **recipes[name]))
+            args.output.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 

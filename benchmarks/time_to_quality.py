@@ -55,6 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--peer_sampling_steps", nargs="*", type=positive_int, default=[5, 10, 20, 50], help="for the slow ones"
     )
+    parser.add_argument("--sampling_contenders", nargs="*", choices=NAMES, help="of those: the ones that sample (all)")
     parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "time_to_quality.json")
     args = parser.parse_args(argv)
@@ -62,6 +63,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--minutes: one number, or one for each of {args.contenders}, got {args.minutes}")
     if len(args.minutes) == 1:
         args.minutes *= len(args.contenders)
+    if args.sampling_contenders is None:
+        args.sampling_contenders = args.contenders
+    if not set(args.sampling_contenders) <= set(args.contenders):
+        parser.error(f"--sampling_contenders: some of {args.contenders}, got {args.sampling_contenders}")
     args.command = ["python", "benchmarks/time_to_quality.py", *argv]
     return args
 
@@ -167,7 +172,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                     print(f"{name:>10} {race.seconds / 60:5.1f} min  {race.steps:>6} steps  FID {scores['fid']:.2f}")
                     write(result, args.output)
 
-        for name, race in races.items():
+        for name in args.sampling_contenders:
+            race = races[name]
             for steps in args.sampling_steps if name == "ours" else args.peer_sampling_steps:
                 scores = quality(race.contender.pipeline(), race.contender.bf16, num_inference_steps=steps)
                 result["sampling"].setdefault(name, []).append({"num_inference_steps": steps, **scores})
