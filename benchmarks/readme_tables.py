@@ -266,33 +266,62 @@ def recipes(results: dict[str, Result]) -> str:
 
 
 def time_to_quality(results: dict[str, Result]) -> str:
-    """What `benchmarks/time_to_quality.py` wrote: FID over time for each contender, then sampling."""
+    """What `benchmarks/time_to_quality.py` wrote: FID over time for each contender, sampling, aims."""
     (result,) = results.values()
     contenders, sampling = result["contenders"], result["sampling"]
-    stock = contenders["stock"]["images_per_second"]
-    minutes = sorted({round(point["minutes"], 1) for c in contenders.values() for point in c["curve"]})
-    fids = {name: {round(p["minutes"], 1): f"{p['fid']:.1f}" for p in c["curve"]} for name, c in contenders.items()}
-    speeds = [
+    scored = {name: {round(point["minutes"], 1): point for point in c["curve"]} for name, c in contenders.items()}
+    sampled = {name: {point["num_inference_steps"]: point for point in points} for name, points in sampling.items()}
+    minutes = sorted({m for points in scored.values() for m in points})
+    together = max(m for m in minutes if all(m in points for points in scored.values()))
+    speed = {
+        name: (scored[name][together]["steps"] - 1) * c["batch_size"] / (60 * scored[name][together]["minutes"])
+        for name, c in contenders.items()
+    }
+
+    training_rows = [
         [
             f"`{name}`",
             f"{c['parameters'] / 1e6:.1f} M",
-            f"{c['images_per_second']:.0f}",
-            f"{c['images_per_second'] / stock:.1f}",
-            *(fids[name].get(m, "") for m in minutes),
+            f"{speed[name]:.0f}",
+            f"{speed[name] / speed['stock']:.1f}",
+            *(f"{scored[name][m]['fid']:.1f}" if m in scored[name] else "" for m in minutes),
         ]
         for name, c in contenders.items()
     ]
-    rows = [
-        [f"`{name}`", str(p["num_inference_steps"]), f"{p['samples_per_second']:.1f}", f"{p['fid']:.2f}"]
-        for name, points in sampling.items()
-        for p in points
+    training_titles = ["parameters", "images per second", "times stock", *(f"FID, {m:g} min" for m in minutes)]
+    sampling_rows = [
+        [f"`{name}`", str(steps), f"{point['samples_per_second']:.1f}", f"{point['fid']:.2f}"]
+        for name, points in sampled.items()
+        for steps, point in points.items()
     ]
-    titles = ["parameters", "images per second", "times stock", *(f"FID, {m:g} min" for m in minutes)]
+
+    ours, stock = sampled["ours"], sampled["stock"]
+    best = min(point["fid"] for point in ours.values())
+    aims = [
+        ["training images per second, times `stock`", "at least 10", f"{speed['ours'] / speed['stock']:.1f}"],
+        ["training images per second, times `tuned`", "at least 3", f"{speed['ours'] / speed['tuned']:.1f}"],
+        [
+            "FID after 10 minutes",
+            f"below {scored['stock'][60]['fid']:.1f}, `stock` after 60",
+            f"{scored['ours'][10]['fid']:.1f}",
+        ],
+        [
+            "samples per second in 50 steps, times `stock`",
+            "at least 10",
+            f"{ours[50]['samples_per_second'] / stock[50]['samples_per_second']:.1f}",
+        ],
+        ["FID in 10 steps, times that in 1000", "at most 2", f"{ours[10]['fid'] / ours[1000]['fid']:.2f}"],
+        ["FID in 10 steps, times the best of any number", "", f"{ours[10]['fid'] / best:.2f}"],
+    ]
     return (
-        f"Training on {result['threads']} threads, in turns; FID of {result['num_images']:,} samples in "
-        f"{result['num_inference_steps']} DDIM steps (as many real images: {result['floor']['fid']:.2f}):\n\n"
-        f"{table(['', *titles], speeds)}\n\nSampling, at the end of each training:\n\n"
-        f"{table(['', 'DDIM steps', 'samples per second', 'FID'], rows)}\n\n{origins(results)}"
+        f"Training on {result['threads']} threads; images per second over the first {together:g} minutes, in which "
+        f"all took turns;\nFID of {result['num_images']:,} samples in {result['num_inference_steps']} DDIM steps "
+        f"(as many real images: {result['floor']['fid']:.2f}):\n\n"
+        f"{table(['', *training_titles], training_rows)}\n\n"
+        "![Time against FID, and samples per second against FID](assets/time_to_quality.png)\n\n"
+        "Sampling, at the end of each training:\n\n"
+        f"{table(['', 'DDIM steps', 'samples per second', 'FID'], sampling_rows)}\n\n"
+        f"What was aimed at:\n\n{table(['', 'aim', '`ours`'], aims)}\n\n{origins(results)}"
     )
 
 

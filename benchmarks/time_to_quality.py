@@ -7,7 +7,8 @@ The contenders:
 - `tuned`: the same method, as well tuned as ours: compiled, channels_last, bfloat16, a higher learning rate, average;
 - `our_recipe`: `examples/train.py` on the course's U-Net, to tell what the recipe brings from what the network brings.
 
-Only training counts as time, not the scoring. Afterwards each samples with more and more DDIM steps.
+Only training counts as time, not the scoring. Afterwards each samples with more and more DDIM steps. A figure shows
+both.
 """
 
 import argparse
@@ -58,6 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sampling_contenders", nargs="*", choices=NAMES, help="of those: the ones that sample (all)")
     parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "time_to_quality.json")
+    parser.add_argument("--picture", type=Path, default=ROOT / "assets" / "time_to_quality.png")
     args = parser.parse_args(argv)
     if len(args.minutes) not in (1, len(args.contenders)):
         parser.error(f"--minutes: one number, or one for each of {args.contenders}, got {args.minutes}")
@@ -139,7 +141,7 @@ class Race:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Train in turns, score, sample; write after each score what there is."""
+    """Train in turns, score, sample, draw; write after each score what there is."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     quality = Quality(args.num_images, args.seed, device=device)
@@ -179,12 +181,43 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 result["sampling"].setdefault(name, []).append({"num_inference_steps": steps, **scores})
                 print(f"{name:>10} {steps:>5} steps  {scores['samples_per_second']:7.1f} /s  FID {scores['fid']:.2f}")
                 write(result, args.output)
+    draw(result, args.picture)
     return result
 
 
 def write(result: dict[str, Any], path: Path) -> None:
     """Write what there is so far."""
     path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """The figure: FID over minutes of training, and over samples per second."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (training, sampling) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", sharey=True)
+    for i, (name, contender) in enumerate(result["contenders"].items()):
+        curve, points = contender["curve"], result["sampling"].get(name, [])
+        fids = [point["fid"] for point in curve]
+        training.loglog([point["minutes"] for point in curve], fids, "o-", color=f"C{i}", label=name)
+        fids = [point["fid"] for point in points]
+        sampling.loglog([point["samples_per_second"] for point in points], fids, "o", color=f"C{i}")
+        for point in points:
+            at = (point["samples_per_second"], point["fid"])
+            sampling.annotate(str(point["num_inference_steps"]), at, (4, 4), textcoords="offset points")
+    minutes = sorted({round(point["minutes"], 1) for c in result["contenders"].values() for point in c["curve"]})
+    training.set_xticks(minutes, [f"{m:g}" for m in minutes])
+    training.minorticks_off()
+    for panel, label in ((training, "minutes of training"), (sampling, "samples per second; at the dots: DDIM steps")):
+        panel.axhline(result["floor"]["fid"], color="gray", linestyle="--", label="real images")
+        panel.set(xlabel=label)
+        panel.grid(which="both", alpha=0.3)
+    training.set_ylabel("FID")
+    training.legend()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

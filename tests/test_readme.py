@@ -202,11 +202,17 @@ def test_tables_show_each_kind_of_result(tmp_path):
         "race": origin
         | {
             "contenders": {
-                name: {"parameters": 2e6, "images_per_second": speed}
-                | {"curve": [{"minutes": minutes + 0.01, "fid": 50.0} for minutes in range(1, last + 1)]}
-                for name, speed, last in (("ours", 400.0, 1), ("stock", 40.0, 2))
+                name: {"parameters": 2e6, "batch_size": 10}
+                | {"curve": [{"minutes": m + 0.01, "steps": 6 * speed * m, "fid": 500.0 / m} for m in scored_at]}
+                for name, speed, scored_at in (("ours", 400, [10]), ("stock", 40, [10, 60]), ("tuned", 50, [10]))
             },
-            "sampling": {"ours": [{"num_inference_steps": 5, "samples_per_second": 100.0, "fid": 12.0}]},
+            "sampling": {
+                name: [
+                    {"num_inference_steps": steps, "samples_per_second": speed / steps, "fid": 100 / steps}
+                    for steps in (10, 50, 1000)
+                ]
+                for name, speed in (("ours", 1000.0), ("stock", 50.0))
+            },
             "threads": 2,
             "num_images": 1000,
             "num_inference_steps": 50,
@@ -237,5 +243,9 @@ def test_tables_show_each_kind_of_result(tmp_path):
     assert "| all of them | 1.250 +- 0.125 | 0.500 | 0.250 |" in text
     assert "| `digits`, fixed_small | 10,000 | 1.000 | 0.250 | 0.000 | 0.500 | 0.500 |" in text
     assert "| linear betas | 500 | 40.00 | 75% | worse |\n| batch size 32 | 500 | 10.00 | 75% | better |" in text
-    assert "| `ours` | 2.0 M | 400 | 10.0 | 50.0 |  |\n| `stock` | 2.0 M | 40 | 1.0 | 50.0 | 50.0 |" in text
-    assert "| `ours` | 5 | 100.0 | 12.00 |" in text
+    assert "| `ours` | 2.0 M | 400 | 10.0 | 50.0 |  |\n| `stock` | 2.0 M | 40 | 1.0 | 50.0 | 8.3 |" in text
+    assert "| `ours` | 10 | 100.0 | 10.00 |" in text
+    assert "| training images per second, times `tuned` | at least 3 | 8.0 |" in text
+    assert "| FID after 10 minutes | below 8.3, `stock` after 60 | 50.0 |" in text
+    assert "| samples per second in 50 steps, times `stock` | at least 10 | 20.0 |" in text
+    assert "| FID in 10 steps, times that in 1000 | at most 2 | 100.00 |" in text
