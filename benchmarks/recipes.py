@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from train import non_negative_int, positive, positive_int  # noqa: E402
 
 from mnist_ddpm import MNISTUNet2DModel  # noqa: E402
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPEED_STEPS = 30  # after which the speed is known
 ATTENTION = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D")}
 
@@ -101,17 +101,11 @@ def train(name: str, args: argparse.Namespace, folder: Path) -> tuple[TrainScrip
     return training, steps / (time.perf_counter() - start)
 
 
-@cache
-def quality_of(num_images: int, seed: int) -> Quality:
-    """What scores, made once in each process."""
-    return Quality(num_images, seed, device="cuda" if torch.cuda.is_available() else "cpu")
-
-
 def recipe(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Train with a change and score: a row."""
     with tempfile.TemporaryDirectory() as folder:
         training, steps_per_second = train(name, args, Path(folder))
-        quality = quality_of(args.num_images, args.seed)
+        quality = Quality(args.num_images, args.seed, device=DEVICE)
         scores = quality(training.pipeline(), training.bf16, num_inference_steps=args.num_inference_steps)
     return {
         "flags": CHANGES[name][0],
@@ -130,11 +124,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         "recipes": recipes,
         "settings": settings,
-        "floor": quality_of(args.num_images, args.seed).floor,
+        "floor": Quality(args.num_images, args.seed, device=DEVICE).floor,
         "threads": threads,
         **provenance(args),
     }
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+    new_process = {"mp_context": get_context("spawn"), "max_tasks_per_child": 1}  # an Accelerator's state is for life
+    with ProcessPoolExecutor(args.jobs, initializer=torch.set_num_threads, initargs=(threads,), **new_process) as pool:
         rows = {pool.submit(recipe, name, args): name for name in args.changes if name not in recipes}
         for row in as_completed(rows):
             name = rows[row]

@@ -193,7 +193,12 @@ def test_tables_show_each_kind_of_result(tmp_path):
         | {
             "recipes": {
                 name: {"training_images_per_second": 500.0, "fid": fid, "confident_share": 0.75}
-                for name, fid in (("none", 20.0), ("linear betas", 40.0), ("batch size 32", 10.0))
+                for name, fid in {
+                    "none": 20.0,
+                    "another seed": 22.0,
+                    "linear betas": 40.0,
+                    "batch size 32": 10.0,
+                }.items()
             },
             "settings": {"minutes": 3.0, "num_images": 1000, "num_inference_steps": 20},
             "threads": 2,
@@ -242,7 +247,10 @@ def test_tables_show_each_kind_of_result(tmp_path):
     assert "| linear, seed 0 | 2.000 | 0.500 | 20.00 |\n| cosine, seed 0 | 1.500 | 0.500 | 20.00 |" in text
     assert "| all of them | 1.250 +- 0.125 | 0.500 | 0.250 |" in text
     assert "| `digits`, fixed_small | 10,000 | 1.000 | 0.250 | 0.000 | 0.500 | 0.500 |" in text
-    assert "| linear betas | 500 | 40.00 | 75% | worse |\n| batch size 32 | 500 | 10.00 | 75% | better |" in text
+    assert (
+        "| another seed | 500 | 22.00 | 75% | as good |\n| linear betas | 500 | 40.00 | 75% | worse |\n"
+        "| no average | 500 | 10.00 | 75% | better |" in text
+    )
     assert "| `ours` | 2.0 M | 400 | 10.0 | 50.0 |  |\n| `stock` | 2.0 M | 40 | 1.0 | 50.0 | 8.3 |" in text
     assert "| `ours` | 10 | 100.0 | 10.00 |" in text
     assert "| training images per second, times `tuned` | at least 3 | 8.0 |" in text
