@@ -9,9 +9,9 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from train import parse_args
-from trainer import Trainer
 
 from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline
+from mnist_ddpm.training.trainer import Trainer
 
 # the U-Net that the Hugging Face diffusion course sets up for MNIST
 PEER_UNET = {

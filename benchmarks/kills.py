@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
-from checkpoints import list_checkpoints  # noqa: E402
 from evaluate import provenance  # noqa: E402
 from faults import Injector, watch  # noqa: E402
 from train import non_negative_int, positive_int  # noqa: E402
+
+from mnist_ddpm.training.checkpoints import list_checkpoints  # noqa: E402
 
 TRAIN = ROOT / "examples" / "train.py"
 UNET = {"sample_size": 28, "in_channels": 1, "out_channels": 1, "block_out_channels": (4, 8), "attention_head_dim": 4}
@@ -234,7 +235,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     import datasets  # noqa: F401
     import diffusers.optimization  # noqa: F401
     import torch
-    import trainer  # noqa: F401
+
+    import mnist_ddpm.training.trainer  # noqa: F401
 
     torch.set_num_threads(1)
     rng = random.Random(args.seed)

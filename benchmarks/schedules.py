@@ -18,9 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
-from batches import Batch  # noqa: E402
 from evaluate import provenance  # noqa: E402
-from loss import DiffusionLoss  # noqa: E402
 from quality import Quality, earlier_figures  # noqa: E402
 from train import MNIST, non_negative_int, positive_int  # noqa: E402
 
@@ -28,6 +26,8 @@ from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler
 from mnist_ddpm.data import decode_images, load_split  # noqa: E402
 from mnist_ddpm.likelihood import bits_per_dim  # noqa: E402
 from mnist_ddpm.metrics import random_subset  # noqa: E402
+from mnist_ddpm.training.batches import Batch  # noqa: E402
+from mnist_ddpm.training.loss import DiffusionLoss  # noqa: E402
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 COLORS = {"linear": "tab:orange", "cosine": "tab:blue"}

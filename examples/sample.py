@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints import written_aside
+from mnist_ddpm.training.checkpoints import written_aside
 
 if TYPE_CHECKING:
     import torch

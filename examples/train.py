@@ -202,7 +202,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Train by the flags."""
-    from trainer import Trainer  # here, so that --help need not wait for torch
+    from mnist_ddpm.training.trainer import Trainer  # here, so that --help need not wait for torch
 
     Trainer(args).train()
 
@@ -214,6 +214,6 @@ if __name__ == "__main__":
         sys.exit("error: interrupted: --resume_from_checkpoint latest goes on from the last checkpoint")
     except Exception as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
-        if raised_in != HERE and raised_in.name != "mnist_ddpm":
+        if raised_in != HERE and "mnist_ddpm" not in (raised_in.name, raised_in.parent.name):
             raise  # not one of the errors that these files foresee and explain
         sys.exit(f"error: {error}")

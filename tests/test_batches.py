@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from batches import TrainingBatches, stratified_timesteps
+
+from mnist_ddpm.training.batches import TrainingBatches, stratified_timesteps
 
 NUM_IMAGES, BATCH_SIZE, T = 10, 4, 1000
 # image n is constant, and of value n

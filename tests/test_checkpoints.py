@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoints import (
+
+from mnist_ddpm.training.checkpoints import (
     DamagedCheckpointError,
     TrainLog,
     check_output_dir,

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from batches import Batch
-from loss import DiffusionLoss, min_snr_weights, prediction_target
 
 from mnist_ddpm import MNISTDDPMScheduler, VariationalBound
+from mnist_ddpm.training.batches import Batch
+from mnist_ddpm.training.loss import DiffusionLoss, min_snr_weights, prediction_target
 
 T = 1000
 PREDICTION_TYPES = ["epsilon", "sample", "v_prediction"]

@@ -5,8 +5,15 @@ import signal
 
 import pytest
 import torch
-from machine import MIN_STEPS_TO_COMPILE, StopSignal, choose_mixed_precision, compile_model, set_cpu_threads
 from torch import nn
+
+from mnist_ddpm.training.machine import (
+    MIN_STEPS_TO_COMPILE,
+    StopSignal,
+    choose_mixed_precision,
+    compile_model,
+    set_cpu_threads,
+)
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")  # only its type is looked at

@@ -16,7 +16,6 @@ import pytest
 import torch
 import train
 from accelerate.state import AcceleratorState
-from checkpoints import list_checkpoints
 from loopback_hub import READER, USER, WRITER
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,6 +23,7 @@ from sample import load_pipeline
 
 from mnist_ddpm import MNISTDDPMPipeline, MNISTUNet2DModel
 from mnist_ddpm.likelihood import log_snr_betas
+from mnist_ddpm.training.checkpoints import list_checkpoints
 
 NUM_IMAGES = 24
 UNET = {"block_out_channels": (4, 8), "attention_head_dim": 4, "layers_per_block": 1, "norm_num_groups": 2}
@@ -52,7 +52,7 @@ def make_trainer(workplace, tmp_path):
     """A run with some flags, of six steps of four images unless they say otherwise."""
 
     def make_trainer(*flags, output_dir=tmp_path / "run"):
-        from trainer import Trainer
+        from mnist_ddpm.training.trainer import Trainer
 
         AcceleratorState._reset_state(reset_partial_state=True)
         defaults = {

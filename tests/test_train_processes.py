@@ -13,10 +13,10 @@ import numpy as np
 import psutil
 import pytest
 import train
-from checkpoints import list_checkpoints
 from PIL import Image
 
 from mnist_ddpm import MNISTUNet2DModel
+from mnist_ddpm.training.checkpoints import list_checkpoints
 
 pytestmark = pytest.mark.slow
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL import Image
 
+_COPY = Path(__file__).resolve().parents[2] / "data" / "mnist"  # beside src/ in a checkout of the repository
+MNIST = str(_COPY) if _COPY.is_dir() else "ylecun/mnist"
+"""The data set to train on by default: the copy in the repository, or the one on the Hub."""
+
 MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 # PIL's modes with 8 bits or less a channel, and the channels that such an image has unless others are asked for
 CHANNELS_OF_MODE = {"1": 1, "L": 1, "LA": 1, "P": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}

@@ -13,8 +13,17 @@ import numpy as np
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
-from batches import Batch, TrainingBatches
-from checkpoints import (
+from diffusers.optimization import get_scheduler
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+
+from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline
+from mnist_ddpm.data import MNIST
+from mnist_ddpm.hub import check_repository, publish, publish_checkpoint, write_card
+from mnist_ddpm.images import image_grid
+from mnist_ddpm.training.batches import Batch, TrainingBatches
+from mnist_ddpm.training.checkpoints import (
     LOG,
     SAMPLES,
     TrainLog,
@@ -35,7 +44,7 @@ from checkpoints import (
     write_manifest,
     written_aside,
 )
-from components import (
+from mnist_ddpm.training.components import (
     load_images,
     load_unet_config,
     make_accelerator,
@@ -44,17 +53,8 @@ from components import (
     make_scheduler,
     make_unet,
 )
-from diffusers.optimization import get_scheduler
-from loss import DiffusionLoss
-from machine import StopSignal, compile_model, set_cpu_threads
-from PIL import Image
-from torch import nn
-from tqdm.auto import tqdm
-from train import MNIST
-
-from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline
-from mnist_ddpm.hub import check_repository, publish, publish_checkpoint, write_card
-from mnist_ddpm.images import image_grid
+from mnist_ddpm.training.loss import DiffusionLoss
+from mnist_ddpm.training.machine import StopSignal, compile_model, set_cpu_threads
 
 REPORT_STEPS = 10  # steps from one look at the losses to the next; a look waits for the device
 
@@ -461,7 +461,7 @@ class Trainer:
     def _dataset_id(self) -> str | None:
         """The Hub id of the data set, if it has one: what is here in `data/mnist` is a copy of that set."""
         name = self.args.dataset_name
-        if name == str(MNIST):
+        if name == MNIST:
             return "ylecun/mnist"
         return None if Path(name).exists() else name
 

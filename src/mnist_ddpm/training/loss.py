@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from batches import Batch
 
 from mnist_ddpm import MNISTDDPMScheduler
 from mnist_ddpm.likelihood import VariationalBound
+from mnist_ddpm.training.batches import Batch
 
 VLB_WEIGHT = 0.001  # of the bound in "hybrid": lambda of L_hybrid (iDDPM, arXiv 2102.09672, equation 16)
 SIMPLE_WEIGHT = 10.0  # of the squared error in "vlb"

@@ -10,11 +10,11 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from diffusers import ModelMixin, UNet2DModel
 from diffusers.training_utils import EMAModel
-from machine import choose_mixed_precision
 
 from mnist_ddpm import MNISTDDPMScheduler, MNISTUNet2DModel
 from mnist_ddpm.data import decode_images, load_split
 from mnist_ddpm.likelihood import log_snr_betas
+from mnist_ddpm.training.machine import choose_mixed_precision
 
 UNETS = {"MNISTUNet2DModel": MNISTUNet2DModel, "UNet2DModel": UNet2DModel}
 
