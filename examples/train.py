@@ -104,7 +104,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--max_train_steps", type=positive_int, help="Overrides --num_epochs.")
     training.add_argument("--train_batch_size", type=batch, default=64, help="Per process and micro-batch.")
     training.add_argument("--gradient_accumulation_steps", type=positive_int, default=1)
-    training.add_argument("--learning_rate", type=positive, default=2e-3)
+    training.add_argument(
+        "--optimizer",
+        default="muon",
+        choices=["muon", "adamw"],
+        help="Muon for the hidden weight matrices and AdamW for the rest, or AdamW for all.",
+    )
+    training.add_argument("--muon_learning_rate", type=positive, default=1e-2)
+    training.add_argument("--muon_momentum", type=fraction, default=0.95)
+    training.add_argument("--learning_rate", type=positive, default=2e-3, help="Of AdamW.")
     training.add_argument(
         "--lr_scheduler",
         default="cosine",
@@ -117,6 +125,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=["simple", "vlb", "hybrid"],
         help="The squared error of the prediction; the variational bound in bits per dimension, with 10 times the "
         "squared error; or the squared error, with 0.001 of the bound for the learned variance alone (iDDPM).",
+    )
+    training.add_argument(
+        "--timestep_sampling",
+        default="logit_normal",
+        choices=["logit_normal", "uniform"],
+        help="How the timesteps of training are distributed.",
+    )
+    training.add_argument("--logit_mean", type=finite, default=0.0, help="Mean of the logit of t / T.")
+    training.add_argument("--logit_std", type=positive, default=1.0, help="Standard deviation of the logit of t / T.")
+    training.add_argument(
+        "--uniform_share", type=fraction, default=0.2, help="Share of uniform timesteps among logit-normal ones."
     )
     training.add_argument(
         "--snr_gamma", type=positive, help="Min-SNR loss weights (arXiv 2303.09556) with this gamma."

@@ -5,15 +5,21 @@ import math
 import pytest
 import torch
 
-from mnist_ddpm.training.batches import TrainingBatches, stratified_timesteps
+from mnist_ddpm.training.batches import (
+    TrainingBatches,
+    logit_normal_probabilities,
+    stratified_timesteps,
+    uniform_probabilities,
+)
 
 NUM_IMAGES, BATCH_SIZE, T = 10, 4, 1000
+UNIFORM = uniform_probabilities(T)
 # image n is constant, and of value n
 IMAGES = torch.arange(NUM_IMAGES, dtype=torch.uint8)[:, None, None, None].expand(NUM_IMAGES, 1, 2, 3)
 
 
 def batches(seed=0, batch_size=BATCH_SIZE):
-    return TrainingBatches(IMAGES, batch_size, T, seed, torch.device("cpu"))
+    return TrainingBatches(IMAGES, batch_size, UNIFORM, seed, torch.device("cpu"))
 
 
 def indices(batch):
@@ -26,7 +32,7 @@ def same(first, second):
 
 def test_images_are_scaled_to_minus_1_to_1():
     ramp = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(3, 1, 1, 1)
-    (batch,) = TrainingBatches(ramp, 3, T, 0, torch.device("cpu")).micro_batches(0, 1)
+    (batch,) = TrainingBatches(ramp, 3, UNIFORM, 0, torch.device("cpu")).micro_batches(0, 1)
     torch.testing.assert_close(batch.clean_images.flatten().sort().values, torch.tensor([-1.0, -0.6, 1.0]))
 
 
@@ -80,7 +86,7 @@ def test_torchs_global_generator_is_neither_used_nor_moved():
 
 def test_noise_is_standard_normal():
     images = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
-    (batch,) = TrainingBatches(images, 256, T, 0, torch.device("cpu")).micro_batches(0, 1)
+    (batch,) = TrainingBatches(images, 256, UNIFORM, 0, torch.device("cpu")).micro_batches(0, 1)
     count = batch.noise.numel()  # about 200,000: 5 standard errors
     assert abs(batch.noise.mean()) < 5 / count**0.5
     assert abs(batch.noise.var() - 1) < 5 * (2 / count) ** 0.5
@@ -88,7 +94,9 @@ def test_noise_is_standard_normal():
 
 @pytest.mark.parametrize(("count", "num_train_timesteps"), [(1000, 1000), (64, 1000), (50, 10), (1, 7), (3, 2)])
 def test_timesteps_hold_one_of_each_equal_slice(count, num_train_timesteps):
-    timesteps = stratified_timesteps(count, num_train_timesteps, torch.Generator().manual_seed(0))
+    timesteps = stratified_timesteps(
+        count, uniform_probabilities(num_train_timesteps).cumsum(0).float(), torch.Generator().manual_seed(0)
+    )
     assert timesteps.shape == (count,)
     assert timesteps.dtype == torch.int64
     position = timesteps.sort().values.double()
@@ -100,8 +108,29 @@ def test_timesteps_hold_one_of_each_equal_slice(count, num_train_timesteps):
 def test_each_position_has_uniform_timesteps():
     num_train_timesteps, count, repeats = 5, 4, 4000
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([stratified_timesteps(count, num_train_timesteps, generator) for _ in range(repeats)])
+    cdf = uniform_probabilities(num_train_timesteps).cumsum(0).float()
+    drawn = torch.stack([stratified_timesteps(count, cdf, generator) for _ in range(repeats)])
     for position in range(count):
         frequency = torch.bincount(drawn[:, position], minlength=num_train_timesteps) / repeats
         standard_error = (0.2 * 0.8 / repeats) ** 0.5
         assert (frequency - 0.2).abs().max() < 5 * standard_error
+
+
+@pytest.mark.parametrize("uniform_share", [0.0, 0.2])
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.4, 1.0), (-0.5, 0.7)])
+def test_logit_normal_timesteps_are_those_of_sigmoid_of_a_normal(mean, std, uniform_share):
+    p = logit_normal_probabilities(T, mean, std, uniform_share)
+    assert p.sum().item() == pytest.approx(1, abs=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    count = 200_000
+    t = torch.sigmoid(mean + std * torch.randn(count, generator=generator)) * T
+    is_uniform = torch.rand(count, generator=generator) < uniform_share
+    t = torch.where(is_uniform, torch.rand(count, generator=generator) * T, t).long().clamp(max=T - 1)
+    ours = stratified_timesteps(count, p.cumsum(0).float(), generator)
+    for edge in (50, 200, 500, 800, 950):  # two estimates of the distribution function, one stratified
+        assert abs((t < edge).double().mean() - (ours < edge).double().mean()) < 5 * 0.5 / count**0.5
+
+
+def test_small_timesteps_are_drawn_by_the_uniform_share():
+    assert logit_normal_probabilities(T)[:20].sum() < 1e-4
+    assert logit_normal_probabilities(T, uniform_share=0.25)[:20].sum() == pytest.approx(0.25 * 0.02, rel=0.02)

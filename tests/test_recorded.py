@@ -20,7 +20,8 @@ SAVED, RECORDED = HERE / "saved-by-0.1.0", HERE / "recorded"
 # the learning rate reaches its peak after 500 steps: in 20, kernels of other processors change losses by some 1e-6
 TRAINING = (
     "--max_train_steps 20 --train_batch_size 32 --learning_rate 2e-3 --mixed_precision no --no-compile "
-    "--save_images_steps 0 --eval_batch_size 1 --ddpm_num_inference_steps 1 --logger none "
+    "--optimizer adamw --timestep_sampling uniform --logger none "
+    "--save_images_steps 0 --eval_batch_size 1 --ddpm_num_inference_steps 1"
 )
 SCHEDULERS = {
     "ddpm": (MNISTDDPMScheduler, {}),

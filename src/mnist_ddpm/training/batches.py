@@ -26,17 +26,22 @@ class TrainingBatches:
     Args:
         images: uint8 `(N, C, H, W)`, on the training device or on the host.
         batch_size: images of one optimizer step, over all processes and micro-batches.
-        num_train_timesteps: T; timesteps are drawn from [0, T).
+        timestep_probabilities: p(t) for each timestep, `(T,)`.
         seed: of the order of the images, the timesteps and the noise.
         device: where the batches are made.
     """
 
     def __init__(
-        self, images: torch.Tensor, batch_size: int, num_train_timesteps: int, seed: int, device: torch.device
+        self,
+        images: torch.Tensor,
+        batch_size: int,
+        timestep_probabilities: torch.Tensor,
+        seed: int,
+        device: torch.device,
     ):
         self.images = images
         self.batch_size = batch_size
-        self.num_train_timesteps = num_train_timesteps
+        self.cdf = timestep_probabilities.cumsum(0).float().to(device)
         self.seed = seed
         self.device = device
         self._orders: dict[int, torch.Tensor] = {}
@@ -49,7 +54,7 @@ class TrainingBatches:
         The timesteps and the noise are drawn for the whole step, on each process the same, and then divided.
         """
         generator = self._generator(NOISE_STREAM, step, self.device)
-        timesteps = stratified_timesteps(self.batch_size, self.num_train_timesteps, generator)
+        timesteps = stratified_timesteps(self.batch_size, self.cdf, generator)
         shape = (self.batch_size, *self.images.shape[1:])
         noise = torch.randn(shape, generator=generator, device=self.device)
         indices = self._indices(step)
@@ -87,13 +92,32 @@ class TrainingBatches:
         return torch.Generator(device).manual_seed(seed)
 
 
-def stratified_timesteps(count: int, num_train_timesteps: int, generator: torch.Generator) -> torch.Tensor:
-    """Timesteps `(count,)`, each uniform in [0, T), but stratified: one in each of `count` equal slices, shuffled.
+def uniform_probabilities(num_train_timesteps: int) -> torch.Tensor:
+    """The same p(t) for each timestep, float64 `(T,)` (DDPM, Algorithm 1)."""
+    return torch.full((num_train_timesteps,), 1 / num_train_timesteps, dtype=torch.float64)
 
-    As in variational diffusion models (arXiv 2107.00630, appendix I.1), this lowers the variance of the loss.
+
+def logit_normal_probabilities(
+    num_train_timesteps: int, mean: float = 0.0, std: float = 1.0, uniform_share: float = 0.0
+) -> torch.Tensor:
+    """p(t) where the logit of t / T is normal (Stable Diffusion 3, arXiv 2403.03206, section 3.1), float64 `(T,)`.
+
+    Most of the training goes to the middle, where the error is hardest to reduce. Timesteps near 0 and T are hardly
+    ever drawn: `uniform_share` of the draws are uniform instead.
+    """
+    borders = torch.linspace(0, 1, num_train_timesteps + 1, dtype=torch.float64)
+    logit_normal = torch.special.ndtr((torch.logit(borders) - mean) / std).diff()
+    return (1 - uniform_share) * logit_normal + uniform_share * uniform_probabilities(num_train_timesteps)
+
+
+def stratified_timesteps(count: int, cdf: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Timesteps `(count,)`, each distributed by its `cdf` `(T,)`, but stratified.
+
+    They are the quantiles of numbers u in [0, 1), one in each of `count` equal slices, shuffled. As in variational
+    diffusion models (arXiv 2107.00630, appendix I.1), this lowers the variance of the loss.
     """
     device = generator.device
     offsets = torch.rand(count, generator=generator, device=device)
     slices = torch.randperm(count, generator=generator, device=device)
-    timesteps = (slices + offsets) * (num_train_timesteps / count)
-    return timesteps.long().clamp_(max=num_train_timesteps - 1)  # rounding may reach T
+    u = (slices + offsets) / count
+    return torch.searchsorted(cdf, u, right=True).clamp_(max=len(cdf) - 1)  # rounding may reach T

@@ -14,7 +14,9 @@ from diffusers.training_utils import EMAModel
 from mnist_ddpm import MNISTDDPMScheduler, MNISTUNet2DModel
 from mnist_ddpm.data import decode_images, load_split
 from mnist_ddpm.likelihood import log_snr_betas
+from mnist_ddpm.training.batches import logit_normal_probabilities, uniform_probabilities
 from mnist_ddpm.training.machine import choose_mixed_precision
+from mnist_ddpm.training.optimizers import MuonAdamW, hidden_matrices
 
 UNETS = {"MNISTUNet2DModel": MNISTUNet2DModel, "UNet2DModel": UNet2DModel}
 
@@ -109,15 +111,24 @@ def make_scheduler(args: argparse.Namespace) -> MNISTDDPMScheduler:
     )
 
 
+def timestep_probabilities(args: argparse.Namespace) -> torch.Tensor:
+    """p(t) of the timesteps that training draws, `(T,)`."""
+    if args.timestep_sampling == "uniform":
+        return uniform_probabilities(args.ddpm_num_steps)
+    return logit_normal_probabilities(args.ddpm_num_steps, args.logit_mean, args.logit_std, args.uniform_share)
+
+
 def make_optimizer(unet: torch.nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW."""
-    return torch.optim.AdamW(
-        unet.parameters(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
+    """AdamW, or Muon for the hidden weight matrices and AdamW for the rest."""
+    adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(unet.parameters(), weight_decay=args.adam_weight_decay, fused=True, **adam)
+    return MuonAdamW(
+        *hidden_matrices(unet),
+        muon_lr=args.muon_learning_rate,
+        momentum=args.muon_momentum,
         weight_decay=args.adam_weight_decay,
-        fused=True,
+        **adam,
     )
 
 

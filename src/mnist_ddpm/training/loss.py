@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mnist_ddpm import MNISTDDPMScheduler
 from mnist_ddpm.likelihood import VariationalBound
-from mnist_ddpm.training.batches import Batch
+from mnist_ddpm.training.batches import Batch, uniform_probabilities
 
 VLB_WEIGHT = 0.001  # of the bound in "hybrid": lambda of L_hybrid (iDDPM, arXiv 2102.09672, equation 16)
 SIMPLE_WEIGHT = 10.0  # of the squared error in "vlb"
@@ -23,13 +23,14 @@ class DiffusionLoss:
       so that without the squared error predictions for black pixels run off and take the gray ones along.
 
     The bound is that of `likelihood.py` in bits per dimension (without L_T, which no training changes), estimated from
-    the batch: T times the mean of its terms at random timesteps.
+    the batch: the mean of its terms at random timesteps, each divided by p(t), which keeps it unbiased.
 
     Args:
         scheduler: adds the noise; its prediction type and its variance type say what the U-Net is to predict.
         snr_gamma: gamma of min-SNR weights of the squared error; None to weight all timesteps alike.
         device: where the batches are.
         loss_type: one of the above.
+        timestep_probabilities: p(t) by which the batches draw timesteps, `(T,)`; None for uniform ones.
     """
 
     def __init__(
@@ -38,10 +39,13 @@ class DiffusionLoss:
         snr_gamma: float | None,
         device: torch.device,
         loss_type: str = "simple",
+        timestep_probabilities: torch.Tensor | None = None,
     ):
         self.scheduler = scheduler
         self.loss_type = loss_type
         self.bound = VariationalBound(scheduler) if loss_type != "simple" else None
+        p = uniform_probabilities(len(scheduler)) if timestep_probabilities is None else timestep_probabilities
+        self.bound_weights = (1 / p).float().to(device)
         self.weights = None if snr_gamma is None else min_snr_weights(scheduler, snr_gamma).to(device)
 
     def __call__(self, unet: Callable[..., Any], batch: Batch) -> torch.Tensor:
@@ -68,7 +72,7 @@ class DiffusionLoss:
     def _bound(self, output: torch.Tensor, noisy_images: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The bound without L_T, in bits per dimension."""
         terms = self.bound.term(output, batch.timesteps, noisy_images, batch.clean_images)
-        return len(self.scheduler) * terms.mean()
+        return (self.bound_weights[batch.timesteps] * terms).mean()
 
 
 def prediction_target(scheduler: MNISTDDPMScheduler, batch: Batch) -> torch.Tensor:

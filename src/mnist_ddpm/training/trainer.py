@@ -52,6 +52,7 @@ from mnist_ddpm.training.components import (
     make_optimizer,
     make_scheduler,
     make_unet,
+    timestep_probabilities,
 )
 from mnist_ddpm.training.loss import DiffusionLoss
 from mnist_ddpm.training.machine import StopSignal, compile_model, set_cpu_threads
@@ -61,7 +62,8 @@ REPORT_STEPS = 10  # steps from one look at the losses to the next; a look waits
 # flags that a resumed run must share with the run that wrote its checkpoint
 FIXED_FLAGS = (
     "seed", "prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule", "ddpm_log_snr", "loss_type",
-    "snr_gamma", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
+    "timestep_sampling", "logit_mean", "logit_std", "uniform_share", "snr_gamma", "optimizer", "muon_learning_rate",
+    "muon_momentum", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm",
     "use_ema", "ema_inv_gamma", "ema_power", "ema_max_decay",
 )  # fmt: skip
 
@@ -102,10 +104,11 @@ class Trainer:
         self.num_images = len(images)
         self.batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
         self.total_steps = args.max_train_steps or math.ceil(args.num_epochs * self.num_images / self.batch_size)
-        self.batches = TrainingBatches(images, self.batch_size, args.ddpm_num_steps, args.seed, accelerator.device)
+        probabilities = timestep_probabilities(args)
+        self.batches = TrainingBatches(images, self.batch_size, probabilities, args.seed, accelerator.device)
 
         self.scheduler = make_scheduler(args)
-        self.loss = DiffusionLoss(self.scheduler, args.snr_gamma, accelerator.device, args.loss_type)
+        self.loss = DiffusionLoss(self.scheduler, args.snr_gamma, accelerator.device, args.loss_type, probabilities)
         unet = make_unet(unet_config, images, args.variance_type)
         unet = unet.to(accelerator.device, memory_format=torch.channels_last)
         # what gets saved and sampled from, without dropout
