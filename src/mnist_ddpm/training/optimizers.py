@@ -12,7 +12,15 @@ from torch.optim.adamw import adamw
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
 # modules whose weights are no hidden matrices: the first and the last layer, and what the timestep passes through
-ADAMW_MODULES = ("conv_in", "conv_out", "time_embedding", "time_emb_proj", "sample_gain", "fourier_features")
+ADAMW_MODULES = (
+    "conv_in",
+    "conv_out",
+    "time_embedding",
+    "time_emb_proj",
+    "sample_gain",
+    "pixel_gain",
+    "fourier_features",
+)
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
