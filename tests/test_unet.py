@@ -140,7 +140,7 @@ def test_the_gain_map_adds_to_each_pixel_in_proportion_to_its_distance_from_blac
 
 
 def test_the_gain_map_can_tell_black_pixels_from_gray_ones():
-    """With features that say which pixels are black, it is the best v of low noise: (x + 1) / std there, 0 elsewhere."""
+    """With features that say which pixels are black, it gives the best v of low noise: (x + 1) / std, or 0."""
     std, gain_map = 0.006, MNISTUNet2DModel(**TINY, patch_size=1).gain_map
     black = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1)) < 0.8
     h = torch.cat([black.float(), torch.zeros(1, 7, 8, 8)], dim=1)
