@@ -21,7 +21,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +33,12 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 DOWN_BLOCK_TYPES = ("DownBlock2D", "AttnDownBlock2D")
-Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
-def zero_init(layer: Layer) -> Layer:
+def zero_init(layer: Any) -> Any:
     """Set a layer's weight and bias to 0, so that the path that it ends adds nothing at the start of training."""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer
 
 
@@ -189,22 +187,17 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             `patch_size * 2 ** (len(block_out_channels) - 1)`. The model runs at any other such size too.
         in_channels: channels of the sample.
         out_channels: channels of the prediction; twice `in_channels` for schedulers with a learned variance.
-        patch_size: side in pixels of the squares that become one position each, with `patch_size**2` times the
-            channels.
-        block_out_channels: channels of each level; each level halves the resolution of the one before. The first is
-            even.
-        down_block_types: for each level `"DownBlock2D"`, or `"AttnDownBlock2D"` for one with attention. The way up
-            is the mirror of the way down.
+        patch_size: side in pixels of the squares that become one position each.
+        block_out_channels: channels of each level, the first of them even. Each level halves the resolution.
+        down_block_types: for each level `"DownBlock2D"`, or `"AttnDownBlock2D"` for one with attention.
         layers_per_block: residual blocks of a level on the way down, and again on the way up.
-        attention_head_dim: channels of one attention head; divides the channels of each level with attention, and of
-            the last. By default there is one head.
+        attention_head_dim: channels of an attention head. By default there is one head.
         dropout: probability, in [0, 1), within the residual blocks.
         norm_num_groups: groups of the group norms; divides each of `block_out_channels`.
         norm_eps: epsilon of the group norms.
-        fourier_frequencies: integers n, for each of which `sin(2^n pi x)` and `cos(2^n pi x)` of the sample join its
-            channels at the entrance. None by default; for likelihood (3, 4, 5, 6, 7).
-        pixel_gain: whether each pixel of the sample is added to the prediction with a gain of its own. Models that
-            version 0.1.0 saved have none.
+        fourier_frequencies: integers n; `sin(2^n pi x)` and `cos(2^n pi x)` join the channels of the sample. Empty by
+            default; (3, 4, 5, 6, 7) for likelihood.
+        pixel_gain: whether each pixel is added to the prediction with a gain of its own. Models of 0.1.0 have none.
 
     Raises:
         ValueError: for an unknown block type, and for sizes that do not divide as said above.
@@ -220,8 +213,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     _repeated_blocks = ["ResidualBlock", "SelfAttention"]  # noqa: RUF012
     _skip_layerwise_casting_patterns = ["norm", "time_embedding"]  # noqa: RUF012
 
-    # lists of lists by level, which is more than ModuleList's type can say
-    down_blocks: Any
+    down_blocks: Any  # lists of lists by level, which is more than ModuleList's type can say
     skip_joins: Any
     up_blocks: Any
 
@@ -251,44 +243,34 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         time_embed_dim = 4 * block_out_channels[0]
         patch_area = patch_size**2
 
-        def stage(channels: int, attention: bool) -> Stage:
-            head_dim = (attention_head_dim or channels) if attention else None
+        def stage(channels: int, kind: str) -> Stage:
+            head_dim = (attention_head_dim or channels) if kind == "AttnDownBlock2D" else None
             return Stage(channels, time_embed_dim, norm_num_groups, norm_eps, dropout, head_dim)
 
-        def stages() -> nn.ModuleList:
+        def by_level(make: Callable[[int, str], nn.Module]) -> nn.ModuleList:
             levels = zip(block_out_channels, down_block_types, strict=True)
-            return nn.ModuleList(
-                nn.ModuleList(stage(channels, kind == "AttnDownBlock2D") for _ in range(layers_per_block))
-                for channels, kind in levels
-            )
+            return nn.ModuleList(nn.ModuleList(make(*level) for _ in range(layers_per_block)) for level in levels)
 
         self.time_embedding = TimeEmbedding(block_out_channels[0], time_embed_dim)
-        self.fourier_features = (
-            FourierFeatures(in_channels, fourier_frequencies, time_embed_dim) if fourier_frequencies else None
-        )
+        self.fourier_features = None
+        if fourier_frequencies:
+            self.fourier_features = FourierFeatures(in_channels, fourier_frequencies, time_embed_dim)
         input_channels = in_channels * (1 + 2 * len(fourier_frequencies))
         self.conv_in = nn.Conv2d(input_channels * patch_area, block_out_channels[0], 3, padding=1)
-        self.down_blocks = stages()
-        self.downsamplers = nn.ModuleList(
-            nn.Conv2d(fine, coarse, 3, stride=2, padding=1) for fine, coarse in pairwise(block_out_channels)
-        )
-        self.mid_block = nn.ModuleList([stage(block_out_channels[-1], True), stage(block_out_channels[-1], False)])
-        self.skip_joins = nn.ModuleList(
-            nn.ModuleList(nn.Conv2d(2 * channels, channels, 1) for _ in range(layers_per_block))
-            for channels in block_out_channels
-        )
-        self.up_blocks = stages()
-        self.upsamplers = nn.ModuleList(
-            nn.Conv2d(coarse, fine, 3, padding=1) for fine, coarse in pairwise(block_out_channels)
-        )
+        self.down_blocks = by_level(stage)
+        steps = list(pairwise(block_out_channels))  # from each level to the next
+        self.downsamplers = nn.ModuleList(nn.Conv2d(fine, coarse, 3, stride=2, padding=1) for fine, coarse in steps)
+        self.mid_block = nn.ModuleList(stage(block_out_channels[-1], kind) for kind in reversed(DOWN_BLOCK_TYPES))
+        self.skip_joins = by_level(lambda channels, _: nn.Conv2d(2 * channels, channels, 1))
+        self.up_blocks = by_level(stage)
+        self.upsamplers = nn.ModuleList(nn.Conv2d(coarse, fine, 3, padding=1) for fine, coarse in steps)
         self.norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], norm_eps)
         self.conv_out = zero_init(nn.Conv2d(block_out_channels[0], out_channels * patch_area, 3, padding=1))
         self.sample_gain = zero_init(nn.Linear(time_embed_dim, out_channels * in_channels))
-        self.gain_map = (
-            PixelGain(block_out_channels[0], min(in_channels, out_channels), patch_size, time_embed_dim)
-            if pixel_gain
-            else None
-        )
+        self.gain_map = None
+        if pixel_gain:
+            gained = min(in_channels, out_channels)
+            self.gain_map = PixelGain(block_out_channels[0], gained, patch_size, time_embed_dim)
 
     def forward(
         self,
@@ -302,7 +284,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         Args:
             sample: noisy images x_t, shape `(B, in_channels, H, W)`.
             timestep: t from 0 to T - 1, one for all or one for each image, `(B,)`. Fractions are fine.
-            class_labels: must be None, the model is unconditional. (Pipelines of diffusers pass it.)
+            class_labels: None, which pipelines of diffusers pass. The model is unconditional.
             return_dict: False for a plain tuple.
 
         Returns:
@@ -318,7 +300,10 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
         with torch.autocast(sample.device.type, enabled=False):
             emb = self.time_embedding(timestep, sample.dtype)
-            h = self._enter(sample, emb)
+            h = sample
+            if self.fourier_features is not None:
+                h = torch.cat([h, self.fourier_features(sample, emb)], dim=1)
+            h = self.conv_in(F.pixel_unshuffle(h, self.config.patch_size))
 
         skips = []
         for level, blocks in enumerate(self.down_blocks):
@@ -341,12 +326,6 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             out = self._leave(h.to(sample.dtype), sample, emb)
         return UNet2DOutput(sample=out) if return_dict else (out,)
 
-    def _enter(self, sample: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        """Samples `(B, C, H, W)` to features `(B, block_out_channels[0], H / patch_size, W / patch_size)`."""
-        if self.fourier_features is not None:
-            sample = torch.cat([sample, self.fourier_features(sample, emb)], dim=1)
-        return self.conv_in(F.pixel_unshuffle(sample, self.config.patch_size))
-
     def _leave(self, h: torch.Tensor, sample: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         """The last features to the prediction `(B, out_channels, H, W)`."""
         h = F.silu(self.norm_out(h))
@@ -364,11 +343,9 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             return self._gradient_checkpointing_func(block, x, emb)
         return block(x, emb)
 
-    # Loading ---------------------------------------------------------------------------------------------------------
-
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read the config of a U-Net of this class; of another model's, the keys that are alike mean other things."""
+        """Read the config of a U-Net of this class; in another model's, the same keys mean other things."""
         class_name = config_dict.get("_class_name", cls.__name__)
         if class_name not in [base.__name__ for base in cls.__mro__]:
             raise ValueError(f"_class_name of the config must be {cls.__name__}, got {class_name!r:.80}.")
@@ -379,18 +356,10 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """Load a saved U-Net from a folder or the Hub: from safetensors only, and all of its weights.
-
-        Args:
-            pretrained_model_name_or_path: a folder, or a repository `namespace/name`.
-            kwargs: as for `ModelMixin.from_pretrained`: `subfolder`, `torch_dtype`, `variant`, `device_map`...
-
-        Returns:
-            The U-Net, in evaluation mode; with `output_loading_info=True` a pair, the second being diffusers' report.
+        """Load a saved U-Net as `ModelMixin.from_pretrained` does, but from safetensors only and all of its weights.
 
         Raises:
-            ValueError: `use_safetensors=False`, or weights that are missing (diffusers would leave them random) or
-                unexpected.
+            ValueError: `use_safetensors=False`, or weights that are missing or unexpected.
             OSError: there is no such model, or none in safetensors.
         """
         if kwargs.get("use_safetensors") is False:
@@ -398,16 +367,12 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         report_wanted = kwargs.pop("output_loading_info", False)
         kwargs |= {"use_safetensors": True, "output_loading_info": True}
         unet, report = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        for key, fault in {"missing_keys": "lacks weights", "unexpected_keys": "has unexpected weights"}.items():
-            if names := report[key]:
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} {fault}: {len(names)}, {min(names)!r} first. It is damaged, or "
-                    "its config is of another model."
-                )
+        wrong = {key: report[key] for key in ("missing_keys", "unexpected_keys") if report[key]}
+        if wrong:  # diffusers would leave what is missing random
+            raise ValueError(
+                f"weights must be those of the config, got {wrong}. {pretrained_model_name_or_path} is damaged."
+            )
         return (unet, report) if report_wanted else unet
-
-
-# Checks --------------------------------------------------------------------------------------------------------------
 
 
 def _check_config(config: Any) -> None:
@@ -420,12 +385,9 @@ def _check_config(config: Any) -> None:
     attended = [c for c, kind in zip(channels, kinds, strict=True) if kind == "AttnDownBlock2D"] + [channels[-1]]
     if head_dim is not None and any(c % head_dim for c in attended):
         raise ValueError(f"attention_head_dim must divide {attended}, got {head_dim}. Leave it out for one head.")
-    sizes = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+    sizes = (config.sample_size,) if isinstance(config.sample_size, int) else config.sample_size
     if any(size % _size_multiple(config) for size in sizes):
-        raise ValueError(
-            f"sample_size must be a multiple of {_size_multiple(config)}, got {config.sample_size}. Take another "
-            "size, fewer block_out_channels or a smaller patch_size."
-        )
+        raise ValueError(f"sample_size must be a multiple of {_size_multiple(config)}, got {config.sample_size}.")
 
 
 def _check_sample(sample: torch.Tensor, config: Any) -> None:
