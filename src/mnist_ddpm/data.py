@@ -4,7 +4,6 @@ import glob
 import gzip
 import itertools
 import logging
-import math
 import re
 import zlib
 from collections import Counter
@@ -27,12 +26,10 @@ _COPY = Path(__file__).resolve().parents[2] / "data" / "mnist"  # beside src/ in
 MNIST = str(_COPY) if _COPY.is_dir() else "ylecun/mnist"
 """The data set to train on by default: the copy in the repository, or the one on the Hub."""
 
-READABLE = (
-    "a folder of images, Parquet or ubyte files (MNIST's own), a Parquet or ubyte file, or a data set on the Hub"
-)
+READABLE = "a folder of images, Parquet or ubyte files (MNIST's), a Parquet or ubyte file, or a data set on the Hub"
 MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-UBYTE = re.compile(r"ubyte(\.gz)?$")  # train-images-idx3-ubyte, train-images.idx3-ubyte, t10k-labels-idx1-ubyte.gz
+UBYTE = re.compile(r"images.*ubyte(\.gz)?$")  # train-images-idx3-ubyte, t10k-images.idx3-ubyte.gz
 
 
 def load_mnist(split: str = "train") -> torch.Tensor:
@@ -62,23 +59,20 @@ def load_split(
     """Load one split of a data set.
 
     A local path has priority over the Hub. A folder may hold images (one folder per class gives labels), Parquet
-    files in the Hub's layout, MNIST's original `ubyte` files, as torchvision keeps them in `MNIST/raw`, or what
-    `Dataset.save_to_disk` wrote.
+    files in the Hub's layout, or MNIST's original `ubyte` files, as torchvision keeps them in `MNIST/raw`.
 
     Args:
-        dataset_name: local folder, Parquet file, `ubyte` file of images (may be gzipped), or id of a data set on the
-            Hub. A single file is the split that is asked for, whichever its name.
+        dataset_name: local folder, Parquet file, `ubyte` file of images (may be gzipped), or Hub id. A single file is
+            taken for the split that is asked for.
         config_name: configuration (subset) of the data set; None where it has only one.
         split: name of the split; slices such as `"train[:1000]"` work too.
         cache_dir: where `datasets` keeps its cache; None for its default.
 
     Returns:
-        The split, not yet decoded. `ubyte` files have the columns `image` and, if the file of labels is beside that
-        of the images, `label`.
+        The split, not yet decoded. From `ubyte` files it has the column `image`, and `label` if labels are beside.
 
     Raises:
-        FileNotFoundError: there is neither such a folder or file nor such a data set on the Hub, or the Hub can't be
-            reached.
+        FileNotFoundError: there is no such folder or file, and no such data set on the Hub or no connection to it.
         ValueError: the folder or file holds no images that can be read, or there is no such configuration or split.
     """
     import datasets
@@ -87,11 +81,9 @@ def load_split(
     if not path.exists():
         _check_hub(str(dataset_name), path, cache_dir)
     try:
-        if path.is_file():
-            return _load_file(path, split, cache_dir)
-        if not path.is_dir():
-            return datasets.load_dataset(path.as_posix(), config_name, split=split, cache_dir=cache_dir)
-        return _load_folder(path, config_name, split, cache_dir)
+        if path.exists():
+            return _load_local(path, config_name, split, cache_dir)
+        return datasets.load_dataset(path.as_posix(), config_name, split=split, cache_dir=cache_dir)
     except (ValueError, OSError, EOFError, RuntimeError, zlib.error, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         if set(str(path)) & set("[]*?"):
@@ -112,74 +104,62 @@ def decode_images(
 ) -> torch.Tensor:
     """Decode every image of a data set, once.
 
-    Transparent images are composited on `background`, `alpha * color + (1 - alpha) * background`, unless 4 channels
-    are asked for. Gray images of 16 bits are scaled from 0..65535 to 0..255; of those in 32-bit integers or floats
-    the range must be clear from the values: 0..255 or 0..65535, and 0..1 or 0..255. Both are logged.
-
-    The images are decoded once and not in each epoch, so that there is no random crop.
+    Transparent images are composited, `alpha * color + (1 - alpha) * background`, unless 4 channels are asked for.
+    16 bits are scaled to 8. Gray in 32-bit integers must be in 0..255 or 0..65535, and in floats in 0..1 or 0..255,
+    the same in all images. What is composited or scaled is logged. There is no random crop.
 
     Args:
-        dataset: data set with a column of images (encoded bytes or paths to files).
-        image_column: name of that column.
-        resolution: length in pixels to which the shorter side of each image is resized (bilinear, antialiased). None
-            keeps the images as they are, which must then all have the same size.
+        dataset: data set with a column of images (encoded bytes, or paths).
+        image_column: its name.
+        resolution: pixels to which the shorter side is resized (bilinear, antialiased); None for images of one size.
         channels: 1 (gray), 3 (RGB) or 4 (RGBA). None for what the images have, gray or RGB, all of them the same.
-        center_crop: crop the center of `resolution` x `resolution` pixels, as `--center_crop` of diffusers'
-            `train_unconditional.py` does. False keeps the longer side.
+        center_crop: crop to `resolution` x `resolution` pixels, as diffusers' `--center_crop` does; False keeps the
+            longer side.
         background: color below transparent images, by name or as `"#rrggbb"`.
 
     Returns:
         The images, uint8 of shape `(N, C, H, W)`, in the order of the data set.
 
     Raises:
-        ValueError: there is no such column, no image in it, or images that can't be decoded, or that differ in size
-            or in color without `resolution` or `channels` to make them the same.
-        MemoryError: the images would not fit in the free memory; the message says how large they are.
+        ValueError: there is no such column, no image in it, one that can't be decoded, or images that differ in size
+            or color without `resolution` or `channels`.
     """
     from PIL import Image, ImageColor
 
-    if resolution is not None and resolution < 1:
-        raise ValueError(f"resolution must be a positive number of pixels or None, got {resolution}.")
     if channels is not None and channels not in MODE_OF_CHANNELS:
         raise ValueError(f"channels must be one of {list(MODE_OF_CHANNELS)} or None, got {channels}.")
-    try:
-        color = ImageColor.getrgb(background)[:3]
-    except ValueError as error:
-        raise ValueError(f'background must be the name of a color or "#rrggbb", got {background!r}.') from error
+    color = ImageColor.getrgb(background)[:3]
     if len(dataset) == 0:
         raise ValueError("dataset must hold images, got an empty one. Check the split.")
 
-    images: torch.Tensor | None = None
     seen: Counter[str] = Counter()
     for index, (name, image) in enumerate(_open_images(dataset, image_column, seen)):
         found = 1 if Image.getmodebase(image.mode) == "L" else 3
-        if images is None:
+        if index == 0:
             target = channels or found
         elif channels is None and found != target:
             raise ValueError(
-                f"channels must be given where gray and color are mixed, got {found} in {name} and {target} before "
-                "it. Pass channels=1 (--channels 1) for gray or channels=3 (--channels 3) for RGB."
+                f"channels must be given where gray and color are mixed, got {found} in {name} and {target} before. "
+                "Pass channels=1 (--channels 1) for gray or channels=3 (--channels 3) for RGB."
             )
         if target != 4 and image.has_transparency_data:
             image = _composite(image, color, seen)
         pixels = _pixels(image.convert(MODE_OF_CHANNELS[target]), resolution, center_crop)
-        if images is None:
-            images = _allocate(len(dataset), *pixels.shape)
+        if index == 0:
+            images = torch.empty(len(dataset), *pixels.shape, dtype=torch.uint8)
         elif pixels.shape != images.shape[1:]:
-            (height, width), (first_height, first_width) = pixels.shape[1:], images.shape[2:]
-            remedy = "resolution=28 (--resolution 28)" if resolution is None else "center_crop=True"
+            size, before = (f"{width} x {height}" for _, height, width in (pixels.shape, images.shape[1:]))
+            remedy = "resolution=28 (--resolution 28)" if resolution is None else "center_crop=True (--center_crop)"
             raise ValueError(
-                f"resolution must be given where images differ in size, got {width} x {height} in {name} and "
-                f"{first_width} x {first_height} before it. Pass {remedy} to resize and crop them to one size."
+                f"resolution must be given if sizes differ, got {size} in {name} and {before} before. Pass {remedy}."
             )
         images[index] = torch.from_numpy(pixels)
-    assert images is not None  # the data set isn't empty
     if seen["transparent"]:
         logger.warning(f"{seen['transparent']} of {len(images)} images are transparent: composited on {background}.")
     if seen["deep"]:
         logger.warning(
-            f"{seen['deep']} of {len(images)} images have more than 8 bits per channel: scaled to 8 bits. The largest "
-            f"value is now {images.amax()}."
+            f"{seen['deep']} of {len(images)} images have more than 8 bits per channel: scaled to 8 bits, "
+            f"where the largest value is {images.amax()}."
         )
     return images
 
@@ -192,8 +172,8 @@ def load_labels(dataset: "Dataset", label_column: str = "label") -> tuple[torch.
         label_column: name of that column.
 
     Returns:
-        The labels, int64 of shape `(N,)`, and the names of the classes: those of the `ClassLabel`, the numbers from 0
-        to the largest label, or the strings in alphabetical order.
+        The labels, int64 of shape `(N,)`, and the names of the classes: of the `ClassLabel`, the numbers from 0 to the
+        largest label, or the strings in alphabetical order.
 
     Raises:
         ValueError: there is no such column, it holds something else, or a label is missing.
@@ -217,12 +197,8 @@ def load_labels(dataset: "Dataset", label_column: str = "label") -> tuple[torch.
         names = feature.names
     else:
         names = [str(label) for label in range(1 + max(filter(None, values), default=0))]
-    row = next((row for row, value in enumerate(values) if value is None or value < 0), None)
-    if row is not None:
-        raise ValueError(
-            f"label_column must hold a class, 0 or more, for every image, got {values[row]} in row {row} of "
-            f"{label_column!r}. Drop such rows with dataset.filter."
-        )
+    if missing := sum(value is None or value < 0 for value in values):
+        raise ValueError(f"label_column must hold labels from 0, got {missing} rows without in {label_column!r}.")
     return torch.tensor(values, dtype=torch.int64), names
 
 
@@ -245,43 +221,33 @@ def _check_hub(dataset_name: str, path: Path, cache_dir: str | None) -> None:
         return
     try:
         HfApi().dataset_info(path.as_posix(), timeout=10)
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{must_be} folder, and none on the Hub (log in with `hf auth login` if it is private or gated)."
-        ) from error
     except Exception as error:  # of whichever HTTP library huggingface_hub uses
-        raise FileNotFoundError(f"{must_be} folder, and on the Hub: {' '.join(str(error).split())}.") from error
+        reason = "no such data set (a private or gated one needs `hf auth login`)"
+        if not isinstance(error, RepositoryNotFoundError):
+            reason = " ".join(str(error).split())
+        raise FileNotFoundError(f"{must_be} folder, and on the Hub: {reason}.") from error
 
 
-def _load_folder(path: Path, config_name: str | None, split: str, cache_dir: str | None) -> "Dataset":
-    """Load a split from a folder, by what is in it."""
+def _load_local(path: Path, config_name: str | None, split: str, cache_dir: str | None) -> "Dataset":
+    """Load a split from a folder or a file, by what is in it."""
     import datasets
 
+    if path.is_file():
+        name = split.split("[")[0]  # whichever split is asked for
+        with path.open("rb") as file:
+            if file.read(4) != b"PAR1":
+                return _take({name: _load_ubyte(path)}, split)
+        data_files = {name: glob.escape(str(path.absolute()))}
+        return datasets.load_dataset("parquet", data_files=data_files, split=split, cache_dir=cache_dir)
     files = list(path.rglob("*"))
-    if any(UBYTE.search(file.name) for file in files):
-        return _take(_ubyte_splits(files), split)
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():  # of save_to_disk
-        saved = datasets.load_from_disk(path)
-        return _take(saved if isinstance(saved, dict) else {split.split("[")[0]: saved}, split)
     suffixes = {file.suffix.lower() for file in files}
+    if ubytes := [file for file in files if UBYTE.search(file.name) and file.is_file()]:
+        return _take(_ubyte_splits(ubytes), split)
     if not config_name and suffixes & IMAGE_SUFFIXES and not suffixes & {".md", ".parquet"}:
         # named, since `datasets` goes by the most frequent kind of file, which captions or annotations may be
         return datasets.load_dataset("imagefolder", data_dir=str(path), split=split, cache_dir=cache_dir)
-    # absolute, since "csv" and the like would name a format
-    return datasets.load_dataset(str(path.absolute()), config_name, split=split, cache_dir=cache_dir)
-
-
-def _load_file(path: Path, split: str, cache_dir: str | None) -> "Dataset":
-    """Load a file, of whichever split it is."""
-    import datasets
-
-    name = split.split("[")[0]
-    with path.open("rb") as file:
-        is_parquet = file.read(4) == b"PAR1"
-    if not is_parquet:
-        return _take({name: _load_ubyte(path)}, split)
-    data_files = {name: glob.escape(str(path.absolute()))}
-    return datasets.load_dataset("parquet", data_files=data_files, split=split, cache_dir=cache_dir)
+    path = path.absolute()  # "csv" alone would name a format
+    return datasets.load_dataset(str(path), config_name, split=split, cache_dir=cache_dir)
 
 
 def _take(splits: "Mapping[str, Dataset]", split: str) -> "Dataset":
@@ -296,42 +262,34 @@ def _ubyte_splits(files: list[Path]) -> "dict[str, Dataset]":
     """The splits in files such as train-images-idx3-ubyte and t10k-images-idx3-ubyte.gz."""
     images: dict[str, Path] = {}
     for file in files:
-        if not UBYTE.search(file.name) or "images" not in file.name:
-            continue
         name = "test" if re.search("t10k|test", file.name) else "train"
         unpacked = file.with_name(file.name.removesuffix(".gz"))  # torchvision keeps both
         if images.setdefault(name, unpacked) != unpacked:
             raise ValueError(f"It holds both {images[name]} and {unpacked}. Name one folder or file.")
-    return {name: _load_ubyte(_or_gzipped(path)) for name, path in images.items()}
-
-
-def _or_gzipped(path: Path) -> Path:
-    """The path, or that of the gzipped file if there is no other."""
-    return path if path.exists() else path.with_name(f"{path.name}.gz")
+    return {name: _load_ubyte(path) for name, path in images.items()}
 
 
 def _load_ubyte(path: Path) -> "Dataset":
-    """Load a file of images, with the labels that lie beside it."""
+    """Load a file of images, with the labels that are beside it."""
     import datasets
 
     images = _read_ubyte(path)
     if images.ndim != 3:
-        raise ValueError(f"{path.name} has {images.ndim} dimensions, and images have 3: name the file of the images.")
+        raise ValueError(f"{path.name} has {images.ndim} dimensions, and images have 3. Name the file of the images.")
     header = b"P5 %d %d 255\n" % images.shape[:0:-1]  # PGM: width, height, white, and the pixels as they are
     rows: dict[str, list[Any]] = {"image": [{"bytes": header + image.tobytes(), "path": None} for image in images]}
     features = {"image": datasets.Image()}
     name = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    labels_path = _or_gzipped(path.with_name(name))
-    if "images" in path.name and labels_path.exists():
-        labels = _read_ubyte(labels_path)
+    if "images" in path.name and any(path.parent.glob(f"{name}*")):
+        labels = _read_ubyte(path.with_name(name))
         rows["label"] = labels.tolist()
         features["label"] = datasets.ClassLabel(names=[str(label) for label in range(labels.max() + 1)])
     return datasets.Dataset.from_dict(rows, datasets.Features(features))
 
 
 def _read_ubyte(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Read a file in the IDX format of MNIST: 0, 0, type, number of dimensions; the dimensions; the values."""
-    data = path.read_bytes()
+    """Read MNIST's format, gzipped or not: 0, 0, type, number of dimensions; the dimensions; the values."""
+    data = (path if path.exists() else path.with_name(f"{path.name}.gz")).read_bytes()
     if data[:2] == b"\x1f\x8b":
         data = gzip.decompress(data)
     if data[:3] != b"\0\0\x08":  # 8 for unsigned bytes
@@ -344,6 +302,7 @@ def _read_ubyte(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def _check_column(dataset: "Dataset", argument: str, column: str) -> None:
+    """Check that there is such a column."""
     if column not in dataset.column_names:
         columns = ", ".join(map(repr, dataset.column_names))
         raise ValueError(f"{argument} must be one of the columns {columns}, got {column!r}.")
@@ -401,15 +360,14 @@ def _to_8_bits(image: "Image.Image", seen: "Counter[str]") -> "Image.Image":
 
     values = np.asarray(image, dtype=np.float64)
     lowest, largest = values.min(), values.max()
-    whites = {"I": (255, 65535), "F": (1, 255)}.get(image.mode, (65535,))
-    if image.format == "PPM" and image.mode == "I":  # Pillow has scaled it to 16 bits
-        whites = (65535,)
-    white = next((white for white in whites if 0 <= lowest and largest <= white), None)
-    if white is None or (len(whites) > 1 and largest > 0 and seen.setdefault(image.mode, white) != white):
-        raise ValueError(
-            f"its values are from {lowest:g} to {largest:g}, so it is unclear which is white (one of {whites}, the "
-            "same in all images). Save it with 8 bits."
+    mode = "I;16" if image.format == "PPM" and image.mode == "I" else image.mode  # scaled to 16 bits by Pillow
+    whites = {"I": (255, 65535), "F": (1, 255)}.get(mode, (65535,))
+    white = next((white for white in whites if lowest >= 0 and largest <= white), None)
+    if white is None or (len(whites) > 1 and largest > 0 and seen.setdefault(mode, white) != white):
+        unclear = (
+            f"its values, {lowest:g} to {largest:g}, don't say which of {whites} is white (the same in all images)"
         )
+        raise ValueError(f"{unclear}. Save it with 8 bits.")
     scaled = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
     if (transparent := image.info.get("transparency")) is not None:
         scaled.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
@@ -433,23 +391,9 @@ def _pixels(image: "Image.Image", resolution: int | None, center_crop: bool) -> 
 
     if resolution is not None:
         width, height = (int(resolution * side / min(image.size)) for side in image.size)
-        if (width, height) != image.size:
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        if center_crop and width != height:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        if center_crop:
             left, top = round((width - resolution) / 2), round((height - resolution) / 2)
             image = image.crop((left, top, left + resolution, top + resolution))
     pixels = np.array(image)  # (H, W) or (H, W, C)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-
-
-def _allocate(*shape: int) -> torch.Tensor:
-    """An empty uint8 tensor, if there is memory for it."""
-    import psutil
-
-    needed, free = math.prod(shape), psutil.virtual_memory().available
-    if needed > free:
-        raise MemoryError(
-            f"{shape[0]:,} images of shape {shape[1:]} take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of "
-            "memory are free. Pass a lower resolution, or a slice of the split such as 'train[:10000]'."
-        )
-    return torch.empty(shape, dtype=torch.uint8)
