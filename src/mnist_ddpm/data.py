@@ -340,8 +340,8 @@ def _open(file: BytesIO | str, seen: "Counter[str]") -> "Image.Image":
     image: Any = Image.open(file)
     rawmode = image.tile[0][3] if image.format == "PNG" else ""
     match rawmode, image.info.get("transparency"):  # the level that is transparent, at the depth of the file
-        case "L;2" | "L;4", int(level):
-            image.info["transparency"] = level * (85 if rawmode == "L;2" else 17)
+        case "1" | "L;2" | "L;4", int(level):
+            image.info["transparency"] = min(255, level * {"1": 255, "L;2": 85, "L;4": 17}[rawmode])
         case "RGB;16B", tuple(levels):
             image.info["transparency"] = tuple(level >> 8 for level in levels)
     ImageOps.exif_transpose(image, in_place=True)
