@@ -95,7 +95,7 @@ def test_bytes_without_a_type_are_images_too():
         ("RGBA", (1, 2, 3, 255), "PNG", [1, 2, 3]),
         ("RGBX", (1, 2, 3, 0), "TIFF", [1, 2, 3]),  # the fourth channel is none of transparency
         ("CMYK", (0, 255, 255, 0), "TIFF", [255, 0, 0]),
-        ("YCbCr", (128, 128, 128), "IM", [128, 128, 128]),
+        ("YCbCr", (128, 128, 128), "JPEG", [128, 128, 128]),
     ],
 )
 def test_every_mode_has_its_pixels(said, mode, color, file_format, expected):
