@@ -1,15 +1,20 @@
-"""`mnist_ddpm.data`: what loads, what decodes to which pixels, and what is refused."""
+"""`mnist_ddpm.data`: what loads, what decodes to which pixels, and what is rejected."""
 
+import gzip
 import io
+import logging
+import struct
+import time
+import zlib
 
 import datasets
+import huggingface_hub
 import numpy as np
-import psutil
 import pytest
 import torch
 from PIL import Image
 
-from mnist_ddpm.data import decode_images, load_split
+from mnist_ddpm.data import MNIST, decode_images, load_labels, load_mnist, load_split
 
 
 def random_image(height=6, width=8, channels=1, seed=0):
@@ -23,7 +28,40 @@ def image_set(images, column="image"):
     )
 
 
-# Decoding
+def encode(image, file_format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def decode(*files, **options):
+    """Decode encoded images."""
+    return decode_images(datasets.Dataset.from_dict({"image": list(files)}), **options)
+
+
+def png(depth, color_type, pixels, transparent=None):
+    """One row of pixels as a PNG file, written by hand: Pillow writes neither all depths nor their transparency."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color_type]
+    width = len(pixels) * 8 // (depth * samples)
+    transparency = b"" if transparent is None else chunk(b"tRNS", transparent)
+    header = chunk(b"IHDR", struct.pack(">2I5B", width, 1, depth, color_type, 0, 0, 0))
+    palette = chunk(b"PLTE", bytes(range(255))) if color_type == 3 else b""
+    body = chunk(b"IDAT", zlib.compress(b"\0" + pixels)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + palette + transparency + body
+
+
+@pytest.fixture
+def said(caplog):
+    """What has been logged by the package."""
+    caplog.set_level(logging.WARNING)
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "mnist_ddpm.data"]
+
+
+# Pixels
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -42,20 +80,39 @@ def test_image_column_is_the_one_named():
 
 
 def test_bytes_without_a_type_are_images_too():
-    buffer = io.BytesIO()
-    random_image().save(buffer, "PNG")
-    decoded = decode_images(datasets.Dataset.from_dict({"image": [buffer.getvalue()]}))
-    np.testing.assert_array_equal(decoded[0, 0], np.asarray(random_image()))
+    np.testing.assert_array_equal(decode(encode(random_image(), "PNG"))[0, 0], np.asarray(random_image()))
 
 
-def test_resolution_crops_the_center_and_resizes():
-    # a white square of 8 x 8 in the middle of 8 x 16 is what remains, at any resolution
-    pixels = np.zeros((8, 16), np.uint8)
-    pixels[:, 4:12] = 255
-    assert (decode_images(image_set([Image.fromarray(pixels)]), resolution=8) == 255).all()
-    assert decode_images(image_set([random_image(), random_image(9, 5)]), resolution=4).shape == (2, 1, 4, 4)
-    constant = Image.new("L", (16, 16), 7)
-    assert (decode_images(image_set([constant]), resolution=4) == 7).all()
+@pytest.mark.parametrize(
+    ("mode", "color", "file_format", "expected"),
+    [
+        ("1", 1, "PNG", [255]),
+        ("L", 9, "GIF", [9, 9, 9]),  # a palette
+        ("LA", (9, 255), "PNG", [9]),
+        ("P", 1, "PNG", [10, 20, 30]),
+        ("PA", (1, 255), "TIFF", [10, 20, 30]),
+        ("RGB", (1, 2, 3), "BMP", [1, 2, 3]),
+        ("RGBA", (1, 2, 3, 255), "PNG", [1, 2, 3]),
+        ("RGBX", (1, 2, 3, 0), "TIFF", [1, 2, 3]),  # the fourth channel is none of transparency
+        ("CMYK", (0, 255, 255, 0), "TIFF", [255, 0, 0]),
+        ("YCbCr", (128, 128, 128), "JPEG", [128, 128, 128]),
+    ],
+)
+def test_every_mode_has_its_pixels(said, mode, color, file_format, expected):
+    """What is opaque loses its alpha without a word."""
+    image = Image.new(mode, (2, 2), color if mode not in ("P", "PA") else 0)
+    if mode in ("P", "PA"):
+        image.putpalette([0, 0, 0, 10, 20, 30])
+        image.paste(color, (0, 0, 2, 2))
+    assert decode(encode(image, file_format))[0, :, 1, 1].tolist() == expected
+    assert not said()
+
+
+def test_lab_is_converted_to_srgb():
+    """L* = 50 is Y = ((50 + 16) / 116)^3 = 0.184, which sRGB encodes as 1.055 Y^(1 / 2.4) - 0.055 = 0.466."""
+    image = Image.new("LAB", (2, 2), (round(50 * 2.55), 128, 128))
+    decoded = decode(encode(image, "TIFF"))[0, :, 0, 0]
+    assert (decoded - 0.466 * 255).abs().max() <= 1.5
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(1, [76]), (3, [255, 0, 0]), (4, [255, 0, 0, 255])])
@@ -68,72 +125,300 @@ def test_photos_are_turned_the_right_way_up():
     image = random_image(6, 8)
     exif = Image.Exif()
     exif[0x0112] = 8  # orientation: turned by 90 degrees, clockwise
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", exif=exif)
-    decoded = decode_images(datasets.Dataset.from_dict({"image": [buffer.getvalue()]}))
-    np.testing.assert_array_equal(decoded[0, 0], np.rot90(np.asarray(image)))
+    np.testing.assert_array_equal(decode(encode(image, "PNG", exif=exif))[0, 0], np.rot90(np.asarray(image)))
 
 
-def test_no_such_column_names_the_columns():
-    with pytest.raises(ValueError, match=r"image_column: .*'image'.*'picture', 'label'"):
-        decode_images(image_set([random_image()], "picture"))
+# Transparency
 
 
-def test_column_without_images_is_refused():
-    with pytest.raises(ValueError, match="image_column: the column 'label' holds no images"):
-        decode_images(image_set([random_image()]), "label")
+def over(color, alpha, background):
+    """`alpha * color + (1 - alpha) * background`, alpha from 0 to 255."""
+    return np.floor((np.asarray(color) * alpha + np.asarray(background) * (255 - alpha)) / 255 + 0.5)
+
+
+@pytest.mark.parametrize(("background", "rgb"), [("white", [255] * 3), ("black", [0] * 3), ("#804020", [128, 64, 32])])
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_images_are_composited(mode, background, rgb, said):
+    """All 65,536 pairs of a level and an alpha."""
+    alpha, level = np.divmod(np.arange(65_536).reshape(256, 256), 256)
+    colors = [level] if mode == "LA" else [level, 255 - level, level // 2]
+    image = Image.merge(mode, [Image.fromarray(channel.astype(np.uint8)) for channel in [*colors, alpha]])
+    decoded = decode(encode(image, "PNG"), background=background, channels=3)[0]
+    expected = [over(color, alpha, ground) for color, ground in zip(colors * (3 // len(colors)), rgb, strict=True)]
+    np.testing.assert_array_equal(decoded, expected)
+    assert said() == [f"1 of 1 images are transparent: composited on {background}."]
+
+
+def test_black_ink_on_a_transparent_ground_stays_visible():
+    pixels = np.zeros((28, 28, 4), np.uint8)
+    pixels[10:18, 10:18, 3] = 255
+    decoded = decode_images(image_set([Image.fromarray(pixels)]), channels=1)
+    assert (decoded[0, 0] == 255 - torch.from_numpy(pixels[..., 3].copy())).all()
+    assert (decode_images(image_set([Image.fromarray(pixels)]), channels=1, background="black") == 0).all()
+
+
+def test_resizing_comes_after_compositing():
+    """The color of transparent pixels, here green, leaks nowhere."""
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[..., 1] = 255
+    pixels[:, 4:] = (0, 0, 0, 255)
+    decoded = decode_images(image_set([Image.fromarray(pixels)]), resolution=4)[0]
+    assert torch.equal(decoded[0], decoded[1])
+
+
+def test_gray_and_transparency_stay_gray():
+    assert decode_images(image_set([Image.new("LA", (2, 2), (0, 0)), Image.new("L", (2, 2), 7)])).shape[1] == 1
+
+
+def test_four_channels_keep_the_transparency(said):
+    image = Image.new("RGBA", (2, 2), (1, 2, 3, 4))
+    assert decode_images(image_set([image]), channels=4)[0, :, 0, 0].tolist() == [1, 2, 3, 4]
+    assert not said()
+
+
+PALETTE = [[3 * index, 3 * index + 1, 3 * index + 2] for index in range(85)]
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        # a gray level or a color that is transparent, at the depth of the file; the second pixel has another one
+        (png(1, 0, b"\x80", b"\0\1"), [[255], [0]]),
+        (png(1, 0, b"\x40", b"\0\0"), [[255], [255]]),
+        (png(2, 0, b"\x60", b"\0\1"), [[255], [170]]),
+        (png(4, 0, b"\x12", b"\0\1"), [[255], [34]]),
+        (png(8, 0, b"\x05\x06", b"\0\5"), [[255], [6]]),
+        (png(16, 0, b"\x00\x05\x80\x80", b"\0\5"), [[255], [128]]),
+        (png(16, 0, b"\xff\x00\xff\xff", b"\xff\x00"), [[255], [255]]),
+        (png(8, 2, bytes([1, 2, 3, 1, 2, 4]), bytes([0, 1, 0, 2, 0, 3])), [[255] * 3, [1, 2, 4]]),
+        (png(16, 2, b"\1\0\2\0\3\0\1\0\2\0\4\0", b"\1\0\2\0\3\0"), [[255] * 3, [1, 2, 4]]),
+        # an alpha for each entry of the palette
+        (png(8, 3, b"\1\2", b"\xff\0"), [[255] * 3, PALETTE[2]]),
+        (png(8, 3, b"\1\2", b"\xff\x33"), [over(PALETTE[1], 51, 255), PALETTE[2]]),
+        # an alpha for each pixel
+        (png(16, 4, b"\0\0\0\0\x10\0\xff\xff"), [[255], [16]]),
+        (png(16, 6, b"\0" * 8 + b"\1\0\2\0\3\0\xff\xff"), [[255] * 3, [1, 2, 3]]),
+        (encode(Image.new("LA", (2, 1), (100, 51)), "TGA"), [over([100], 51, 255)] * 2),
+        (encode(Image.new("RGBA", (2, 1), (100, 0, 50, 51)), "TIFF"), [over([100, 0, 50], 51, 255)] * 2),
+        (
+            encode(Image.new("RGBA", (2, 1), (100, 0, 50, 51)), "WEBP", lossless=True),
+            [over([100, 0, 50], 51, 255)] * 2,
+        ),
+        (encode(Image.new("L", (2, 1), 7), "GIF", transparency=7), [[255] * 3] * 2),
+        (encode(Image.new("PA", (2, 1), (0, 0)), "TIFF"), [[255] * 3] * 2),
+    ],
+)
+def test_every_kind_of_transparency_is_composited(file, expected, said):
+    decoded = decode(file)
+    if decoded.shape[-1] > 2:  # bits up to a byte's end
+        decoded = decoded[..., :2]
+    assert decoded[0, :, 0].T.tolist() == [list(color) for color in expected]
+    assert any("composited on white" in line for line in said())
+
+
+def test_background_is_checked():
+    with pytest.raises(ValueError, match="'nocolor'"):
+        decode_images(image_set([random_image()]), background="nocolor")
+
+
+# More than 8 bits
+
+
+LEVELS = np.array([[0, 1, 128, 129, 257, 12_345, 40_000, 65_535]])
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        encode(Image.fromarray(LEVELS.astype(np.uint16)), "PNG"),
+        encode(Image.fromarray(LEVELS.astype(np.uint16)), "TIFF"),
+        encode(Image.fromarray(LEVELS.astype(">u2")), "TIFF"),
+        encode(Image.fromarray(LEVELS.astype(np.int32)), "TIFF"),
+        b"P5 8 1 65535\n" + LEVELS.astype(">u2").tobytes(),
+    ],
+    ids=["png", "tiff", "tiff-big-endian", "tiff-int32", "pgm"],
+)
+def test_16_bits_are_scaled_to_8_and_that_is_said(file, said):
+    decoded = decode(file)
+    assert decoded.flatten().tolist() == [round(level * 255 / 65_535) for level in LEVELS[0]]
+    (line,) = said()
+    assert "1 of 1 images have more than 8 bits per channel: scaled to 8 bits" in line
+
+
+def test_16_bits_of_color_are_8_bits_and_that_is_said(said):
+    assert decode(png(16, 2, b"\x80\0\x40\0\x20\0")).flatten().tolist() == [128, 64, 32]
+    assert len(said()) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "levels", "expected"),
+    [
+        (np.int32, [0, 17, 255], [0, 17, 255]),
+        (np.float32, [0, 17, 255], [0, 17, 255]),
+        (np.float32, [0, 0.2, 1], [0, 51, 255]),
+        (np.float32, [0, 0, 0], [0, 0, 0]),
+    ],
+)
+def test_the_largest_value_says_which_one_is_white(dtype, levels, expected, said):
+    assert decode_images(image_set([Image.fromarray(np.array([levels], dtype))])).flatten().tolist() == expected
+    assert len(said()) == 1
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_black_images_fit_any_range(dtype):
+    images = [Image.fromarray(np.full((1, 1), level, dtype)) for level in (0, 200, 0)]
+    assert decode_images(image_set(images)).flatten().tolist() == [0, 200, 0]
+
+
+@pytest.mark.parametrize(
+    "images",
+    [[[-1.0, 1.0]], [[0.0, 256.0]], [[0.0, np.nan]], [[0.0, np.inf]], [[0.0, 1.0], [0.0, 255.0]]],
+    ids=["negative", "above 255", "nan", "inf", "two ranges"],
+)
+def test_floats_of_unknown_range_are_rejected(images):
+    rows = [Image.fromarray(np.array([levels], np.float32)) for levels in images]
+    with pytest.raises(ValueError, match=rf"image_column must .*image {len(images) - 1}.*is white"):
+        decode_images(image_set(rows))
+
+
+@pytest.mark.parametrize("images", [[[-1, 5]], [[0, 65_536]], [[0, 65_535], [0, 255]]])
+def test_integers_of_unknown_range_are_rejected(images):
+    rows = [Image.fromarray(np.array([levels], np.int32)) for levels in images]
+    with pytest.raises(ValueError, match=rf"image_column must .*image {len(images) - 1}.*is white"):
+        decode_images(image_set(rows))
+
+
+# Sizes and colors that differ
+
+
+def test_resolution_resizes_the_shorter_side_and_crops_the_center():
+    # a white square of 8 x 8 in the middle of 8 x 16 is what remains, at any resolution
+    pixels = np.zeros((8, 16), np.uint8)
+    pixels[:, 4:12] = 255
+    assert (decode_images(image_set([Image.fromarray(pixels)]), resolution=8) == 255).all()
+    assert decode_images(image_set([random_image(), random_image(9, 5)]), resolution=4).shape == (2, 1, 4, 4)
+    constant = Image.new("L", (16, 16), 7)
+    assert (decode_images(image_set([constant]), resolution=4) == 7).all()
+
+
+def test_resizing_is_bilinear_and_antialiased():
+    """Halved, a pixel is a mean with the weights 1, 3, 3, 1, a triangle twice as wide; at an edge a 1 is cut off."""
+    levels = np.array([0, 80, 160, 240])
+    image = Image.fromarray(np.tile(levels.astype(np.uint8), (4, 1)))
+    expected = [(3 * 0 + 3 * 80 + 160) / 7, (80 + 3 * 160 + 3 * 240) / 7]
+    decoded = decode_images(image_set([image]), resolution=2)[0, 0]
+    assert decoded[0].tolist() == decoded[1].tolist() == [round(level) for level in expected]
+
+
+def test_longer_sides_round_and_crop_as_torchvision_does():
+    """Resize gives int(4 * 11 / 8) = 5 and int(4 * 9 / 8) = 4; CenterCrop begins at round(0.5) = 0."""
+    pixels = np.tile(np.arange(11, dtype=np.uint8) * 20, (8, 1))
+    whole = decode_images(image_set([Image.fromarray(pixels)]), resolution=4, center_crop=False)
+    assert whole.shape == (1, 1, 4, 5)
+    assert torch.equal(decode_images(image_set([Image.fromarray(pixels)]), resolution=4), whole[..., :4])
+    assert decode_images(image_set([random_image(8, 9)]), resolution=4, center_crop=False).shape == (1, 1, 4, 4)
 
 
 def test_mixed_sizes_need_a_resolution():
-    with pytest.raises(ValueError, match="Image 2 has 8 x 7 pixels and those before it 8 x 6: set a resolution"):
-        decode_images(image_set([random_image(), random_image(), random_image(7, 8)]))
+    mixed = image_set([random_image(), random_image(), random_image(7, 8)])
+    with pytest.raises(ValueError, match=r"resolution must .*8 x 7 in image 2.*8 x 6.*--resolution 28"):
+        decode_images(mixed)
+    with pytest.raises(ValueError, match=r"resolution must .*center_crop=True"):
+        decode_images(mixed, resolution=14, center_crop=False)
 
 
 def test_mixed_colors_need_channels():
     mixed = image_set([random_image(), random_image(channels=3)])
-    with pytest.raises(ValueError, match="Image 1 has 3 channels and those before it have 1: pass channels"):
+    with pytest.raises(ValueError, match=r"channels must .*3 in image 1.*channels=1 \(--channels 1\)"):
         decode_images(mixed)
     assert decode_images(mixed, channels=3).shape == (2, 3, 6, 8)
+    assert decode_images(mixed, channels=1).shape == (2, 1, 6, 8)
+
+
+# Rejected images
+
+
+def test_no_such_column_names_the_columns():
+    with pytest.raises(ValueError, match=r"image_column must .*'picture', 'label', got 'image'"):
+        decode_images(image_set([random_image()], "picture"))
+
+
+def test_column_without_images_is_rejected():
+    with pytest.raises(ValueError, match=r"image_column must .*'label'"):
+        decode_images(image_set([random_image()]), "label")
 
 
 def test_undecodable_image_is_named():
-    good = io.BytesIO()
-    random_image(40, 40).save(good, "PNG")
-    for broken in (b"no image", good.getvalue()[:200], b""):
-        images = datasets.Dataset.from_dict({"image": [good.getvalue(), broken]})
-        with pytest.raises(ValueError, match="Image 1 of the column 'image' can't be decoded"):
-            decode_images(images)
+    good = encode(random_image(40, 40), "PNG")
+    for broken in (b"no image", good[:200], b""):
+        with pytest.raises(ValueError, match=r"image_column must .*image 1, which"):
+            decode(good, broken)
+
+
+def test_undecodable_file_is_named(tmp_path):
+    random_image().save(tmp_path / "0.png")
+    (tmp_path / "1.png").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"image_column must .*1\.png"):
+        decode_images(load_split(tmp_path, cache_dir=str(tmp_path / "cache")))
 
 
 def test_missing_image_is_named():
-    with pytest.raises(ValueError, match="Image 1 of the column 'image' can't be decoded: it is missing"):
+    with pytest.raises(ValueError, match=r"image_column must .*image 1, .*missing"):
         decode_images(image_set([random_image(), None]))
 
 
-def test_more_than_8_bits_are_refused():
-    deep = Image.fromarray(np.full((4, 4), 40_000, np.uint16))
-    with pytest.raises(ValueError, match="Image 0 has PIL's mode 'I;16', and only 8-bit images are taken"):
-        decode_images(image_set([deep]))
-
-
-def test_empty_set_is_refused():
-    with pytest.raises(ValueError, match="The data set is empty"):
+def test_empty_set_is_rejected():
+    with pytest.raises(ValueError, match="dataset must hold images"):
         decode_images(image_set([random_image()]).select([]))
 
 
-def test_too_large_for_the_memory_is_refused_with_its_size():
-    images = image_set([Image.new("L", (1, 1))]).select([0] * 100_000)
-    resolution = round((2 * psutil.virtual_memory().total / len(images)) ** 0.5)
-    with pytest.raises(
-        MemoryError, match=rf"100,000 images of shape \(1, {resolution}, {resolution}\) take \d+\.\d GiB"
-    ):
-        decode_images(images, resolution=resolution)
+def test_number_of_channels_is_checked():
+    with pytest.raises(ValueError, match=r"channels must be .*2"):
+        decode_images(image_set([random_image()]), channels=2)
 
 
-@pytest.mark.parametrize(("argument", "value"), [("resolution", 0), ("channels", 2)])
-def test_arguments_out_of_range_are_named(argument, value):
-    with pytest.raises(ValueError, match=f"{argument} must be .*{value}"):
-        decode_images(image_set([random_image()]), **{argument: value})
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("feature", "values", "labels", "names"),
+    [
+        (datasets.ClassLabel(names=["b", "a"]), [1, 0, 1], [1, 0, 1], ["b", "a"]),
+        (datasets.Value("int64"), [3, 0, 3], [3, 0, 3], ["0", "1", "2", "3"]),
+        (datasets.Value("uint8"), [1, 0, 0], [1, 0, 0], ["0", "1"]),
+        (datasets.Value("bool"), [True, False, True], [1, 0, 1], ["0", "1"]),
+        (datasets.Value("string"), ["dog", "cat", "dog"], [1, 0, 1], ["cat", "dog"]),
+        (datasets.Value("large_string"), ["b", "a", "c"], [1, 0, 2], ["a", "b", "c"]),
+    ],
+)
+@pytest.mark.parametrize("format_type", [None, "torch"])
+def test_labels_and_names_of_classes(feature, values, labels, names, format_type):
+    rows = datasets.Dataset.from_dict({"kind": values}, datasets.Features({"kind": feature})).with_format(format_type)
+    found, found_names = load_labels(rows, "kind")
+    assert found.dtype == torch.int64
+    assert (found.tolist(), found_names) == (labels, names)
+
+
+@pytest.mark.parametrize(
+    ("feature", "values"),
+    [
+        (datasets.Value("float32"), [0.5, 1.0]),
+        (datasets.List(datasets.Value("int64")), [[0], [1]]),
+        (datasets.Value("int64"), [0, None]),
+        (datasets.Value("int64"), [0, -1]),
+        (datasets.ClassLabel(names=["a"]), [0, -1]),
+        (datasets.Value("string"), ["a", None]),
+    ],
+)
+def test_what_is_no_class_is_rejected(feature, values):
+    rows = datasets.Dataset.from_dict({"kind": values}, datasets.Features({"kind": feature}))
+    with pytest.raises(ValueError, match=r"label_column must .*'kind'"):
+        load_labels(rows, "kind")
+
+
+def test_no_such_label_column_names_the_columns():
+    with pytest.raises(ValueError, match=r"label_column must .*'image', 'label', got 'digit'"):
+        load_labels(image_set([random_image()]), "digit")
 
 
 # Loading
@@ -144,6 +429,22 @@ def cache_dir(tmp_path):
     return str(tmp_path / "cache")
 
 
+def save_images(folder, *names):
+    """Save an image under each name, and return their pixels, (N, 6, 8)."""
+    images = [random_image(seed=seed) for seed in range(len(names))]
+    for name, image in zip(names, images, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(folder / name)
+    return np.stack([np.asarray(image) for image in images])
+
+
+def test_mnist_has_its_first_digit():
+    images, labels = load_mnist("test[:2]"), load_labels(load_split(MNIST, split="test[:2]"))
+    assert (images.shape, images.dtype) == ((2, 1, 28, 28), torch.uint8)
+    assert images[0].sum() == 18_454  # a seven of 116 pixels
+    assert (labels[0].tolist(), labels[1]) == ([7, 2], list("0123456789"))
+
+
 def test_parquet_file_and_folder_in_the_hubs_layout(tmp_path, cache_dir):
     images = image_set([random_image(seed=seed) for seed in range(4)])
     folder = tmp_path / "set" / "data"
@@ -152,39 +453,209 @@ def test_parquet_file_and_folder_in_the_hubs_layout(tmp_path, cache_dir):
         images.to_parquet(folder / f"{split}-00000-of-00001.parquet")
     expected = decode_images(images)
     for name in (folder / "train-00000-of-00001.parquet", tmp_path / "set"):
-        loaded = load_split(str(name), cache_dir=cache_dir)
-        assert torch.equal(decode_images(loaded), expected)
+        assert torch.equal(decode_images(load_split(str(name), cache_dir=cache_dir)), expected)
     assert len(load_split(str(tmp_path / "set"), split="test[:3]", cache_dir=cache_dir)) == 3
-    with pytest.raises(ValueError, match=r"could not be loaded with config_name=None, split='tain'.*train"):
+    assert len(load_split(folder / "test-00000-of-00001.parquet", split="test[1:]", cache_dir=cache_dir)) == 3
+    with pytest.raises(ValueError, match=r"dataset_name must .*split='tain'.*train"):
         load_split(str(tmp_path / "set"), split="tain", cache_dir=cache_dir)
-    with pytest.raises(ValueError, match=r"could not be loaded with config_name='other'"):
+    with pytest.raises(ValueError, match=r"dataset_name must .*config_name='other'"):
         load_split(str(tmp_path / "set"), "other", cache_dir=cache_dir)
 
 
-def test_folder_of_images(tmp_path, cache_dir):
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for index in range(3):
-        random_image(seed=index).save(folder / f"{index}.png")
-    decoded = decode_images(load_split(str(folder), cache_dir=cache_dir))
-    np.testing.assert_array_equal(decoded[:, 0], [np.asarray(random_image(seed=index)) for index in range(3)])
+def test_parquet_file_with_a_pattern_in_its_name(tmp_path, cache_dir):
+    image_set([random_image()]).to_parquet(tmp_path / "set[1].parquet")
+    assert len(load_split(tmp_path / "set[1].parquet", cache_dir=cache_dir)) == 1
 
 
-def test_folder_without_data_is_named(tmp_path, cache_dir):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises((ValueError, FileNotFoundError), match="empty"):
-        load_split(str(tmp_path / "empty"), cache_dir=cache_dir)
+@pytest.mark.parametrize("others", [[], ["README.md"], ["0.txt", "1.txt", "2.txt", "3.txt"], ["0.json", "labels.csv"]])
+def test_folder_of_images_whatever_else_is_in_it(tmp_path, cache_dir, others):
+    pixels = save_images(tmp_path / "set", "0.png", "1.PNG", "2.tiff")
+    for name in others:
+        (tmp_path / "set" / name).write_text("a caption", encoding="utf-8")
+    decoded = decode_images(load_split(str(tmp_path / "set"), cache_dir=cache_dir))
+    np.testing.assert_array_equal(decoded[:, 0], pixels)
+
+
+def test_folder_of_classes_has_labels(tmp_path, cache_dir):
+    pixels = save_images(tmp_path / "set", "cat/0.png", "cat/1.png", "dog/0.png")
+    rows = load_split(tmp_path / "set", cache_dir=cache_dir)
+    np.testing.assert_array_equal(decode_images(rows)[:, 0], pixels)
+    labels, names = load_labels(rows)
+    assert (labels.tolist(), names) == ([0, 0, 1], ["cat", "dog"])
+
+
+def test_folder_of_splits(tmp_path, cache_dir):
+    pixels = save_images(tmp_path / "set", "train/a/0.png", "train/b/0.png", "test/a/0.png", "test/b/0.png")
+    rows = load_split(tmp_path / "set", split="test", cache_dir=cache_dir)
+    np.testing.assert_array_equal(decode_images(rows)[:, 0], pixels[2:])
+    assert load_labels(rows)[0].tolist() == [0, 1]
+
+
+def test_folder_named_like_a_format(tmp_path, cache_dir, monkeypatch):
+    (tmp_path / "csv").mkdir()
+    image_set([random_image()]).to_parquet(tmp_path / "csv" / "train.parquet")
+    monkeypatch.chdir(tmp_path)
+    assert len(load_split("csv", cache_dir=cache_dir)) == 1
+
+
+# MNIST's own files
+
+
+def write_ubyte(path, array, compress=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+    path.write_bytes(gzip.compress(data) if compress else data)
+
+
+RANDOM = np.random.default_rng(0).integers(0, 256, (8, 6, 5), dtype=np.uint8)
+SPLITS = {"train": (RANDOM[:5], np.uint8([1, 0, 3, 1, 0])), "t10k": (RANDOM[5:], np.uint8([0, 1, 3]))}
+
+
+def write_mnist(folder, suffixes=("",), separator="-", labels=True):
+    for split, arrays in SPLITS.items():
+        for suffix in suffixes:
+            write_ubyte(folder / f"{split}-images{separator}idx3-ubyte{suffix}", arrays[0], suffix == ".gz")
+            if labels:
+                write_ubyte(folder / f"{split}-labels{separator}idx1-ubyte{suffix}", arrays[1], suffix == ".gz")
+
+
+@pytest.mark.parametrize("suffixes", [("",), (".gz",), ("", ".gz")])
+@pytest.mark.parametrize("separator", ["-", "."])
+def test_folder_of_ubyte_files(tmp_path, suffixes, separator):
+    """torchvision's `MNIST/raw`, and the folders around it."""
+    write_mnist(tmp_path / "MNIST" / "raw", suffixes, separator)
+    for name in (tmp_path, tmp_path / "MNIST", tmp_path / "MNIST" / "raw"):
+        for split, (images, labels) in zip(("train", "test"), SPLITS.values(), strict=True):
+            rows = load_split(name, split=split)
+            np.testing.assert_array_equal(decode_images(rows)[:, 0], images)
+            assert load_labels(rows)[0].tolist() == labels.tolist()
+            assert load_labels(rows)[1] == ["0", "1", "2", "3"]
+    assert load_labels(load_split(tmp_path, split="train[1:3]+test[:1]"))[0].tolist() == [0, 3, 0]
+    with pytest.raises(ValueError, match=r"dataset_name must .*split='tain'.*train"):
+        load_split(tmp_path, split="tain")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("split", ["train", "test", "train[:2]"])
+def test_ubyte_file_is_the_split_that_is_asked_for(tmp_path, suffix, split):
+    write_mnist(tmp_path, (suffix,))
+    rows = load_split(tmp_path / f"t10k-images-idx3-ubyte{suffix}", split=split)
+    expected = SPLITS["t10k"][0][: 2 if "[" in split else None]
+    np.testing.assert_array_equal(decode_images(rows)[:, 0], expected)
+    assert rows.column_names == ["image", "label"]
+
+
+def test_ubyte_file_of_any_name_without_labels(tmp_path):
+    write_ubyte(tmp_path / "pixels", RANDOM)
+    rows = load_split(tmp_path / "pixels")
+    np.testing.assert_array_equal(decode_images(rows)[:, 0], RANDOM)
+    assert rows.column_names == ["image"]
+
+
+def test_two_data_sets_in_one_folder_are_told_apart(tmp_path):
+    for name in ("MNIST", "FashionMNIST"):
+        write_mnist(tmp_path / name / "raw")
+    with pytest.raises(ValueError, match=r"dataset_name must .*MNIST.*Name one folder"):
+        load_split(tmp_path)
+    assert len(load_split(tmp_path / "FashionMNIST")) == 5
+
+
+def test_labels_for_another_number_of_images_are_rejected(tmp_path):
+    write_ubyte(tmp_path / "train-images-idx3-ubyte", RANDOM)
+    write_ubyte(tmp_path / "train-labels-idx1-ubyte", np.uint8([0, 1]))
+    with pytest.raises(ValueError, match="dataset_name must "):
+        load_split(tmp_path)
+
+
+# What can't be loaded
+
+
+def one_line(name, cache_dir, split="train"):
+    """The error for a folder or file, which names it and what it may hold, in one line."""
+    with pytest.raises((ValueError, FileNotFoundError), match="dataset_name must be a folder of images") as error:
+        load_split(name, split=split, cache_dir=cache_dir)
+    assert str(name) in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "nowhere", "no/such.parquet", "a/b/c"])
-def test_missing_folder_is_named_without_asking_the_hub(name, monkeypatch):
-    monkeypatch.setattr(datasets, "load_dataset", None)  # would raise another error
-    with pytest.raises(FileNotFoundError, match=f"dataset_name: there is no folder or file '{name}'"):
-        load_split(name)
+def test_missing_folder_is_named_without_asking_the_hub(name, cache_dir, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", None)
+    assert "no such folder or file" in one_line(name, cache_dir)
 
 
-def test_broken_parquet_file_is_named(tmp_path, cache_dir):
-    path = tmp_path / "broken.parquet"
-    path.write_bytes(b"PAR1 cut short")
-    with pytest.raises(ValueError, match=r"broken\.parquet' could not be loaded"):
-        load_split(str(path), cache_dir=cache_dir)
+def test_neither_folder_nor_data_set_on_the_hub(hub, cache_dir, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", None)  # which would try for long
+    assert "no such folder, and on the Hub: no such data set" in one_line("data/typo", cache_dir)
+
+
+def test_hub_out_of_reach_fails_at_once(cache_dir, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+    assert "no such folder, and on the Hub: " in one_line("data/typo", cache_dir)
+    assert "no such folder, and on the Hub: " in one_line("my data/typo", cache_dir)
+    assert time.monotonic() - began < 10
+
+
+def test_what_is_in_the_cache_needs_no_hub(cache_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: (args, options["split"]))
+    (tmp_path / "cache" / "user___my_digits").mkdir(parents=True)
+    assert load_split("user/MyDigits", cache_dir=cache_dir) == (("user/MyDigits", None), "train")
+
+
+def test_empty_folder(tmp_path, cache_dir):
+    (tmp_path / "empty").mkdir()
+    one_line(tmp_path / "empty", cache_dir)
+
+
+def test_folder_without_images(tmp_path, cache_dir):
+    (tmp_path / "arrays").mkdir()
+    np.save(tmp_path / "arrays" / "images.npy", RANDOM)
+    one_line(tmp_path / "arrays", cache_dir)
+
+
+def test_folder_of_labels_only(tmp_path, cache_dir):
+    write_ubyte(tmp_path / "set" / "train-labels-idx1-ubyte", np.uint8([0, 1]))
+    one_line(tmp_path / "set", cache_dir)
+
+
+def test_folder_with_a_pattern_in_its_name(tmp_path, cache_dir):
+    save_images(tmp_path / "set[1]", "0.png")
+    assert "Rename the folder" in one_line(tmp_path / "set[1]", cache_dir)
+
+
+def test_what_save_to_disk_wrote(tmp_path, cache_dir):
+    image_set([random_image()]).save_to_disk(tmp_path / "saved")
+    one_line(tmp_path / "saved", cache_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("0.png", encode(random_image(), "PNG")),
+        ("images.npy", b"\x93NUMPY\x01\x00"),
+        ("images.npz", b"PK\x03\x04 and more"),
+        ("images.csv.gz", gzip.compress(b"1,2,3")),
+        ("images.gz", gzip.compress(b"1,2,3")[:10]),
+        ("broken.gz", b"\x1f\x8b\x08 no gzip"),
+        ("empty", b""),
+        ("empty.parquet", b""),
+        ("broken.parquet", b"PAR1 cut short"),
+        ("train-images-idx3-ubyte", struct.pack(">4B3I", 0, 0, 8, 3, 2, 28, 28) + b"too short"),
+        ("train-images-idx3-ubyte", bytes([0, 0, 8, 3, 1])),
+        ("train-images-idx3-ubyte", struct.pack(">4BI4B", 0, 0, 12, 1, 1, 0, 0, 0, 0)),  # integers
+        ("train-labels-idx1-ubyte", struct.pack(">4BI2B", 0, 0, 8, 1, 2, 0, 1)),
+        ("train-images-idx3-ubyte.gz", gzip.compress(struct.pack(">4B3I", 0, 0, 8, 3, 1, 2, 2) + b"1234")[:-9]),
+    ],
+)
+def test_file_that_holds_no_images(tmp_path, cache_dir, name, data):
+    (tmp_path / name).write_bytes(data)
+    one_line(tmp_path / name, cache_dir)
+
+
+def test_folder_with_a_broken_parquet_file(tmp_path, cache_dir):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.parquet").write_bytes(b"PAR1 cut short")
+    one_line(tmp_path / "set", cache_dir)

@@ -1,9 +1,15 @@
-"""Images for training: a data set from the Hub, a folder or a Parquet file, decoded once into one uint8 tensor."""
+"""Images for training: a data set on the Hub, a folder or a file, decoded once into one uint8 tensor."""
 
-import io
+import glob
+import gzip
 import itertools
-import math
-from collections.abc import Iterator
+import logging
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from io import BytesIO
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,123 +20,300 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL import Image
 
+logger = logging.getLogger(__name__)
+
 _COPY = Path(__file__).resolve().parents[2] / "data" / "mnist"  # beside src/ in a checkout of the repository
 MNIST = str(_COPY) if _COPY.is_dir() else "ylecun/mnist"
 """The data set to train on by default: the copy in the repository, or the one on the Hub."""
 
+READABLE = "a folder of images, Parquet or ubyte files (MNIST's), a Parquet or ubyte file, or a data set on the Hub"
 MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
-# PIL's modes with 8 bits or less a channel, and the channels that such an image has unless others are asked for
-CHANNELS_OF_MODE = {"1": 1, "L": 1, "LA": 1, "P": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}
+IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+UBYTE = re.compile(r"images.*ubyte(\.gz)?$")  # train-images-idx3-ubyte, t10k-images.idx3-ubyte.gz
+
+
+def load_mnist(split: str = "train") -> torch.Tensor:
+    """Load the images of MNIST: the copy in the repository, or the one on the Hub.
+
+    Args:
+        split: `"train"` (60,000 images), `"test"` (10,000 images) or a slice such as `"train[:1000]"`.
+
+    Returns:
+        The images, uint8 of shape `(N, 1, 28, 28)`: white digits (255) on black (0).
+
+    Example:
+        >>> images = load_mnist("test[:8]")
+        >>> images.shape, images.dtype
+        (torch.Size([8, 1, 28, 28]), torch.uint8)
+        >>> x_0 = images / 127.5 - 1  # the range in which the U-Net is trained
+    """
+    return decode_images(load_split(MNIST, split=split))
 
 
 def load_split(
-    dataset_name: str, config_name: str | None = None, split: str = "train", cache_dir: str | None = None
+    dataset_name: str | PathLike[str],
+    config_name: str | None = None,
+    split: str = "train",
+    cache_dir: str | None = None,
 ) -> "Dataset":
     """Load one split of a data set.
 
+    A local path has priority over the Hub. A folder may hold images (one folder per class gives labels), Parquet
+    files in the Hub's layout, or MNIST's original `ubyte` files, as torchvision keeps them in `MNIST/raw`.
+
     Args:
-        dataset_name: a local folder (Parquet files in the Hub's layout, or images), a Parquet file, or the id of a
-            data set on the Hub; what exists locally goes first.
-        config_name: configuration (subset) of the data set; None where it has one only.
+        dataset_name: local folder, Parquet file, `ubyte` file of images (may be gzipped), or Hub id. A single file is
+            taken for the split that is asked for.
+        config_name: configuration (subset) of the data set; None where it has only one.
         split: name of the split; slices such as `"train[:1000]"` work too.
-        cache_dir: where `datasets` keeps what it has prepared; None for its own place.
+        cache_dir: where `datasets` keeps its cache; None for its default.
 
     Returns:
-        The split, not yet decoded.
+        The split, not yet decoded. From `ubyte` files it has the column `image`, and `label` if labels are beside.
 
     Raises:
-        FileNotFoundError: there is neither such a folder or file nor such a data set on the Hub.
-        ValueError: it has no such configuration or split, or no data that `datasets` can read.
+        FileNotFoundError: there is no such folder or file, and no such data set on the Hub or no connection to it.
+        ValueError: the folder or file holds no images that can be read, or there is no such configuration or split.
     """
     import datasets
 
     path = Path(dataset_name).expanduser()
-    looks_local = path.is_absolute() or dataset_name.startswith((".", "~")) or len(path.parts) != 2
-    if not path.exists() and (looks_local or path.suffix == ".parquet"):
-        raise FileNotFoundError(
-            f"dataset_name: there is no folder or file {dataset_name!r}. Name a folder of Parquet files or images, a "
-            "Parquet file, or a data set on the Hub (`owner/name`)."
-        )
+    if not path.exists():
+        _check_hub(str(dataset_name), path, cache_dir)
     try:
-        if path.is_file():
-            base_split = split.split("[")[0]
-            return datasets.load_dataset(
-                "parquet", data_files={base_split: str(path)}, split=split, cache_dir=cache_dir
-            )
-        source = str(path) if path.exists() else dataset_name
-        return datasets.load_dataset(source, config_name, split=split, cache_dir=cache_dir)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise FileNotFoundError(
-            f"dataset_name: {dataset_name!r} is no local folder, and on the Hub: {error}"
-        ) from error
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        reason = error.__cause__ or error
+        if path.exists():
+            return _load_local(path, config_name, split, cache_dir)
+        return datasets.load_dataset(path.as_posix(), config_name, split=split, cache_dir=cache_dir)
+    except (ValueError, OSError, EOFError, RuntimeError, zlib.error, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        if set(str(path)) & set("[]*?"):
+            reason += " Rename the folder: `datasets` takes [, ], * and ? in a path as a pattern."
         raise ValueError(
-            f"{dataset_name!r} could not be loaded with config_name={config_name!r}, split={split!r}: {reason}"
+            f"dataset_name must be {READABLE}, got {str(dataset_name)!r} (config_name={config_name!r}, "
+            f"split={split!r}). {reason}"
         ) from error
 
 
 def decode_images(
-    dataset: "Dataset", image_column: str = "image", resolution: int | None = None, channels: int | None = None
+    dataset: "Dataset",
+    image_column: str = "image",
+    resolution: int | None = None,
+    channels: int | None = None,
+    center_crop: bool = True,
+    background: str = "white",
 ) -> torch.Tensor:
     """Decode every image of a data set, once.
 
+    Transparent images are composited, `alpha * color + (1 - alpha) * background`, unless 4 channels are asked for.
+    16 bits are scaled to 8. Gray in 32-bit integers must be in 0..255 or 0..65535, and in floats in 0..1 or 0..255,
+    the same in all images. What is composited or scaled is logged. There is no random crop.
+
     Args:
-        dataset: data set with a column of images (encoded bytes or paths to files).
-        image_column: name of that column.
-        resolution: height and width in pixels; each image is resized, its shorter side to `resolution`, and its
-            center is cropped. None keeps the images as they are, which must then all have one size.
+        dataset: data set with a column of images (encoded bytes, or paths).
+        image_column: its name.
+        resolution: pixels to which the shorter side is resized (bilinear, antialiased); None for images of one size.
         channels: 1 (gray), 3 (RGB) or 4 (RGBA). None for what the images have, gray or RGB, all of them the same.
+        center_crop: crop to `resolution` x `resolution` pixels, as diffusers' `--center_crop` does; False keeps the
+            longer side.
+        background: color below transparent images, by name or as `"#rrggbb"`.
 
     Returns:
         The images, uint8 of shape `(N, C, H, W)`, in the order of the data set.
 
     Raises:
-        ValueError: there is no such column, no image in it, or images that can't be decoded, or that differ in size
-            or in color without `resolution` or `channels` to make them one.
-        MemoryError: the images would not fit in the memory that is free; the message says how large they are.
+        ValueError: there is no such column, no image in it, one that can't be decoded, or images that differ in size
+            or color without `resolution` or `channels`.
     """
-    if resolution is not None and resolution < 1:
-        raise ValueError(f"resolution must be a positive number of pixels or None, but it is {resolution}.")
-    if channels is not None and channels not in MODE_OF_CHANNELS:
-        raise ValueError(f"channels must be one of {list(MODE_OF_CHANNELS)} or None, but it is {channels}.")
-    if len(dataset) == 0:
-        raise ValueError("The data set is empty: there is no image to train on.")
+    from PIL import Image, ImageColor
 
-    images: torch.Tensor | None = None
-    for index, image in enumerate(_open_images(dataset, image_column)):
-        found = _channels(image, index)
-        if images is None:
+    if channels is not None and channels not in MODE_OF_CHANNELS:
+        raise ValueError(f"channels must be one of {list(MODE_OF_CHANNELS)} or None, got {channels}.")
+    color = ImageColor.getrgb(background)[:3]
+    if len(dataset) == 0:
+        raise ValueError("dataset must hold images, got an empty one. Check the split.")
+
+    seen: Counter[str] = Counter()
+    for index, (name, image) in enumerate(_open_images(dataset, image_column, seen)):
+        found = 1 if Image.getmodebase(image.mode) == "L" else 3
+        if index == 0:
             target = channels or found
         elif channels is None and found != target:
             raise ValueError(
-                f"Image {index} has {found} channels and those before it have {target}: pass channels=1 (gray) or "
-                "channels=3 (RGB) to have them all alike."
+                f"channels must be given where gray and color are mixed, got {found} in {name} and {target} before. "
+                "Pass channels=1 (--channels 1) for gray or channels=3 (--channels 3) for RGB."
             )
-        pixels = _pixels(image, MODE_OF_CHANNELS[target], resolution)
-        if images is None:
-            images = _allocate(len(dataset), *pixels.shape)
+        if target != 4 and image.has_transparency_data:
+            image = _composite(image, color, seen)
+        pixels = _pixels(image.convert(MODE_OF_CHANNELS[target]), resolution, center_crop)
+        if index == 0:
+            images = torch.empty(len(dataset), *pixels.shape, dtype=torch.uint8)
         elif pixels.shape != images.shape[1:]:
-            (height, width), (first_height, first_width) = pixels.shape[1:], images.shape[2:]
+            size, before = (f"{width} x {height}" for _, height, width in (pixels.shape, images.shape[1:]))
+            remedy = "resolution=28 (--resolution 28)" if resolution is None else "center_crop=True (--center_crop)"
             raise ValueError(
-                f"Image {index} has {width} x {height} pixels and those before it {first_width} x {first_height}: set "
-                "a resolution (--resolution in examples/train.py) to have them all resized and cropped."
+                f"resolution must be given if sizes differ, got {size} in {name} and {before} before. Pass {remedy}."
             )
         images[index] = torch.from_numpy(pixels)
-    assert images is not None  # the data set isn't empty
+    if seen["transparent"]:
+        logger.warning(f"{seen['transparent']} of {len(images)} images are transparent: composited on {background}.")
+    if seen["deep"]:
+        logger.warning(
+            f"{seen['deep']} of {len(images)} images have more than 8 bits per channel: scaled to 8 bits, "
+            f"where the largest value is {images.amax()}."
+        )
     return images
 
 
-def _open_images(dataset: "Dataset", image_column: str) -> "Iterator[Image.Image]":
-    """Open the images one by one, decoded and the right way up."""
-    import datasets
-    from PIL import Image, ImageOps
+def load_labels(dataset: "Dataset", label_column: str = "label") -> tuple[torch.Tensor, list[str]]:
+    """Read the class of each image.
 
-    if image_column not in dataset.column_names:
-        raise ValueError(
-            f"image_column: the data set has no column {image_column!r}. Its columns are: "
-            f"{', '.join(map(repr, dataset.column_names))}."
-        )
+    Args:
+        dataset: data set with a column of labels: a `ClassLabel`, integers from 0, or strings.
+        label_column: name of that column.
+
+    Returns:
+        The labels, int64 of shape `(N,)`, and the names of the classes: of the `ClassLabel`, the numbers from 0 to the
+        largest label, or the strings in alphabetical order.
+
+    Raises:
+        ValueError: there is no such column, it holds something else, or a label is missing.
+
+    Example:
+        >>> labels, names = load_labels(load_split(MNIST, split="test[:3]"))
+        >>> labels, names[7]
+        (tensor([7, 2, 1]), '7')
+    """
+    import datasets
+
+    _check_column(dataset, "label_column", label_column)
+    feature, values = dataset.features[label_column], dataset.with_format(None)[label_column][:]
+    kind = getattr(feature, "dtype", "")  # int64 for a ClassLabel
+    if kind in ("string", "large_string"):
+        names = sorted(set(values) - {None})
+        values = [names.index(value) if value is not None else None for value in values]
+    elif not re.fullmatch(r"u?int\d+|bool", kind):
+        raise ValueError(f"label_column must hold integers or strings, got {label_column!r} of type {feature}.")
+    elif isinstance(feature, datasets.ClassLabel):
+        names = feature.names
+    else:
+        names = [str(label) for label in range(1 + max(filter(None, values), default=0))]
+    if missing := sum(value is None or value < 0 for value in values):
+        raise ValueError(f"label_column must hold labels from 0, got {missing} rows without in {label_column!r}.")
+    return torch.tensor(values, dtype=torch.int64), names
+
+
+# Folders and files
+
+
+def _check_hub(dataset_name: str, path: Path, cache_dir: str | None) -> None:
+    """Fail at once, in one line, if the Hub has no such data set: `load_dataset` tries for half a minute."""
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    must_be = f"dataset_name must be {READABLE}, got {dataset_name!r}. There is no such"
+    if len(path.parts) != 2 or path.is_absolute() or dataset_name[0] in ".~" or path.suffix == ".parquet":
+        raise FileNotFoundError(f"{must_be} folder or file.")
+    owner, name = path.parts
+    cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()
+    if (cache / f"{owner}___{camelcase_to_snakecase(name)}").exists():
+        return
+    try:
+        HfApi().dataset_info(path.as_posix(), timeout=10)
+    except Exception as error:  # of whichever HTTP library huggingface_hub uses
+        reason = "no such data set (a private or gated one needs `hf auth login`)"
+        if not isinstance(error, RepositoryNotFoundError):
+            reason = " ".join(str(error).split())
+        raise FileNotFoundError(f"{must_be} folder, and on the Hub: {reason}.") from error
+
+
+def _load_local(path: Path, config_name: str | None, split: str, cache_dir: str | None) -> "Dataset":
+    """Load a split from a folder or a file, by what is in it."""
+    import datasets
+
+    if path.is_file():
+        name = split.split("[")[0]  # whichever split is asked for
+        with path.open("rb") as file:
+            if file.read(4) != b"PAR1":
+                return _take({name: _load_ubyte(path)}, split)
+        data_files = {name: glob.escape(str(path.absolute()))}
+        return datasets.load_dataset("parquet", data_files=data_files, split=split, cache_dir=cache_dir)
+    files = list(path.rglob("*"))
+    suffixes = {file.suffix.lower() for file in files}
+    if ubytes := [file for file in files if UBYTE.search(file.name) and file.is_file()]:
+        return _take(_ubyte_splits(ubytes), split)
+    if not config_name and suffixes & IMAGE_SUFFIXES and not suffixes & {".md", ".parquet"}:
+        # named, since `datasets` goes by the most frequent kind of file, which captions or annotations may be
+        return datasets.load_dataset("imagefolder", data_dir=str(path), split=split, cache_dir=cache_dir)
+    path = path.absolute()  # "csv" alone would name a format
+    return datasets.load_dataset(str(path), config_name, split=split, cache_dir=cache_dir)
+
+
+def _take(splits: "Mapping[str, Dataset]", split: str) -> "Dataset":
+    """A split, or slices of splits, as `load_dataset` understands them."""
+    import datasets
+
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+    return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+def _ubyte_splits(files: list[Path]) -> "dict[str, Dataset]":
+    """The splits in files such as train-images-idx3-ubyte and t10k-images-idx3-ubyte.gz."""
+    images: dict[str, Path] = {}
+    for file in files:
+        name = "test" if re.search("t10k|test", file.name) else "train"
+        unpacked = file.with_name(file.name.removesuffix(".gz"))  # torchvision keeps both
+        if images.setdefault(name, unpacked) != unpacked:
+            raise ValueError(f"It holds both {images[name]} and {unpacked}. Name one folder or file.")
+    return {name: _load_ubyte(path) for name, path in images.items()}
+
+
+def _load_ubyte(path: Path) -> "Dataset":
+    """Load a file of images, with the labels that are beside it."""
+    import datasets
+
+    images = _read_ubyte(path)
+    if images.ndim != 3:
+        raise ValueError(f"{path.name} has {images.ndim} dimensions, and images have 3. Name the file of the images.")
+    header = b"P5 %d %d 255\n" % images.shape[:0:-1]  # PGM: width, height, white, and the pixels as they are
+    rows: dict[str, list[Any]] = {"image": [{"bytes": header + image.tobytes(), "path": None} for image in images]}
+    features = {"image": datasets.Image()}
+    name = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    if "images" in path.name and any(path.parent.glob(f"{name}*")):
+        labels = _read_ubyte(path.with_name(name))
+        rows["label"] = labels.tolist()
+        features["label"] = datasets.ClassLabel(names=[str(label) for label in range(labels.max() + 1)])
+    return datasets.Dataset.from_dict(rows, datasets.Features(features))
+
+
+def _read_ubyte(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Read MNIST's format, gzipped or not: 0, 0, type, number of dimensions; the dimensions; the values."""
+    data = (path if path.exists() else path.with_name(f"{path.name}.gz")).read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        data = gzip.decompress(data)
+    if data[:3] != b"\0\0\x08":  # 8 for unsigned bytes
+        raise ValueError(f"{path.name} is neither a Parquet nor a ubyte file. Images are read from a folder.")
+    shape = np.frombuffer(data, ">u4", count=data[3], offset=4)
+    return np.frombuffer(data, np.uint8, offset=4 + shape.nbytes).reshape(shape)
+
+
+# Images
+
+
+def _check_column(dataset: "Dataset", argument: str, column: str) -> None:
+    """Check that there is such a column."""
+    if column not in dataset.column_names:
+        columns = ", ".join(map(repr, dataset.column_names))
+        raise ValueError(f"{argument} must be one of the columns {columns}, got {column!r}.")
+
+
+def _open_images(dataset: "Dataset", image_column: str, seen: "Counter[str]") -> "Iterator[tuple[str, Image.Image]]":
+    """Open the images one by one, with a name for messages."""
+    import datasets
+    from PIL import Image
+
+    _check_column(dataset, "image_column", image_column)
     try:
         encoded = dataset.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
         batches = encoded.with_format("arrow").iter(batch_size=1000)
@@ -138,49 +321,79 @@ def _open_images(dataset: "Dataset", image_column: str) -> "Iterator[Image.Image
         first = next(rows)
     except (TypeError, ValueError, NotImplementedError) as error:  # whatever pyarrow makes of it
         raise ValueError(
-            f"image_column: the column {image_column!r} holds no images, but {dataset.features[image_column]}."
+            f"image_column must hold images, got {image_column!r} of type {dataset.features[image_column]}."
         ) from error
     for index, row in enumerate(itertools.chain([first], rows)):
+        name = f"image {index}" + (f" ({row['path']})" if row and row["path"] else "")
         try:
             if row is None:
                 raise ValueError("it is missing")
-            image = Image.open(io.BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"])
-            ImageOps.exif_transpose(image, in_place=True)
+            yield name, _open(BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"], seen)
         except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"Image {index} of the column {image_column!r} can't be decoded: {error}") from error
-        yield image
+            raise ValueError(f"image_column must hold images, got {name}, which can't be decoded: {error}") from error
 
 
-def _channels(image: "Image.Image", index: int) -> int:
-    """The channels of an image, gray or RGB."""
-    if image.mode not in CHANNELS_OF_MODE:
-        raise ValueError(
-            f"Image {index} has PIL's mode {image.mode!r}, and only 8-bit images are taken: convert it to one of "
-            f"{', '.join(CHANNELS_OF_MODE)}."
+def _open(file: BytesIO | str, seen: "Counter[str]") -> "Image.Image":
+    """Open an image, the right way up, with 8 bits per channel; what Pillow loses on the way is put right."""
+    from PIL import Image, ImageCms, ImageOps
+
+    image: Any = Image.open(file)
+    rawmode = image.tile[0][3] if image.format == "PNG" else ""
+    match rawmode, image.info.get("transparency"):  # the level that is transparent, at the depth of the file
+        case "1" | "L;2" | "L;4", int(level):
+            image.info["transparency"] = min(255, level * {"1": 255, "L;2": 85, "L;4": 17}[rawmode])
+        case "RGB;16B", tuple(levels):
+            image.info["transparency"] = tuple(level >> 8 for level in levels)
+    ImageOps.exif_transpose(image, in_place=True)
+    seen["deep"] += rawmode in ("RGB;16B", "LA;16B", "RGBA;16B") or image.mode[0] in "IF"
+    if rawmode == "LA;16B":
+        image = image.convert("LA")
+    elif image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    return _to_8_bits(image, seen) if image.mode[0] in "IF" else image
+
+
+def _to_8_bits(image: "Image.Image", seen: "Counter[str]") -> "Image.Image":
+    """Scale gray levels of 16 bits; of 32-bit integers and floats the largest value says which one is white."""
+    from PIL import Image
+
+    values = np.asarray(image, dtype=np.float64)
+    lowest, largest = values.min(), values.max()
+    mode = "I;16" if image.format == "PPM" and image.mode == "I" else image.mode  # scaled to 16 bits by Pillow
+    whites = {"I": (255, 65535), "F": (1, 255)}.get(mode, (65535,))
+    white = next((white for white in whites if lowest >= 0 and largest <= white), None)
+    if white is None or (len(whites) > 1 and largest > 0 and seen.setdefault(mode, white) != white):
+        unclear = (
+            f"its values, {lowest:g} to {largest:g}, don't say which of {whites} is white (the same in all images)"
         )
-    return CHANNELS_OF_MODE[image.mode]
+        raise ValueError(f"{unclear}. Save it with 8 bits.")
+    scaled = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+    if (transparent := image.info.get("transparency")) is not None:
+        scaled.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return scaled
 
 
-def _pixels(image: "Image.Image", mode: str, resolution: int | None) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """An image as an array of shape `(C, H, W)`."""
-    from PIL import Image, ImageOps
+def _composite(image: "Image.Image", color: tuple[int, ...], seen: "Counter[str]") -> "Image.Image":
+    """Composite a transparent image on a color: alpha * image + (1 - alpha) * color."""
+    from PIL import Image
 
-    if image.mode != mode:
-        image = image.convert(mode)
-    if resolution is not None and image.size != (resolution, resolution):
-        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+    rgba = image.convert("RGBA")
+    seen["transparent"] += rgba.getchannel("A").getextrema() != (255, 255)
+    ground = Image.new("RGBA", image.size, color)
+    ground.alpha_composite(rgba)
+    return ground.convert("RGB")
+
+
+def _pixels(image: "Image.Image", resolution: int | None, center_crop: bool) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """An image as an array of shape `(C, H, W)`, resized and cropped as torchvision's Resize and CenterCrop do."""
+    from PIL import Image
+
+    if resolution is not None:
+        width, height = (int(resolution * side / min(image.size)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        if center_crop:
+            left, top = round((width - resolution) / 2), round((height - resolution) / 2)
+            image = image.crop((left, top, left + resolution, top + resolution))
     pixels = np.array(image)  # (H, W) or (H, W, C)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-
-
-def _allocate(*shape: int) -> torch.Tensor:
-    """An empty uint8 tensor, if the memory for it is there."""
-    import psutil
-
-    needed, free = math.prod(shape), psutil.virtual_memory().available
-    if needed > free:
-        raise MemoryError(
-            f"{shape[0]:,} images of shape {shape[1:]} take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of "
-            "memory are free: use a lower resolution, or a slice of the split such as 'train[:10000]'."
-        )
-    return torch.empty(shape, dtype=torch.uint8)
