@@ -115,7 +115,7 @@ class MNISTDDPMPipeline(DiffusionPipeline):
             raise ValueError(f"output_type must be one of {allowed} for {channels} channels, got {output_type!r}.")
         call._prepare_scheduler(num_inference_steps, timesteps)
         step = call.scheduler.step
-        options = {"eta": eta, "use_clipped_model_output": use_clipped_model_output, "noise_scale": noise_scale}
+        options: dict[str, Any] = {"eta": eta, "use_clipped_model_output": use_clipped_model_output, "noise_scale": noise_scale}
         options = _given(step, options)
         if "generator" in inspect.signature(step).parameters:
             options["generator"] = generator
