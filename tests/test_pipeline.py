@@ -469,11 +469,11 @@ def test_bad_arguments_are_named(arguments):
 
 
 def test_options_of_another_scheduler_are_rejected():
-    with pytest.raises(ValueError, match="^eta must be"):
+    with pytest.raises(ValueError, match=r"^eta must be"):
         images(pipeline(MNISTDDPMScheduler()), eta=0.0)
-    with pytest.raises(ValueError, match="^timesteps must be"):
+    with pytest.raises(ValueError, match=r"^timesteps must be"):
         images(pipeline(PNDMScheduler()), num_inference_steps=None, timesteps=[5, 1])
-    with pytest.raises(ValueError, match="^callback_on_step_end_tensor_inputs must be"):
+    with pytest.raises(ValueError, match=r"^callback_on_step_end_tensor_inputs must be"):
         images(
             pipeline(PNDMScheduler()),
             callback_on_step_end=lambda pipe, i, t, tensors: tensors,
@@ -495,12 +495,12 @@ def test_options_of_another_scheduler_are_rejected():
     ids=lambda scheduler: type(scheduler).__name__,
 )
 def test_schedulers_for_other_models_are_rejected(scheduler):
-    with pytest.raises(ValueError, match="^scheduler must be for DDPM's betas, got .*Use DDPM"):
+    with pytest.raises(ValueError, match=r"^scheduler must be for DDPM's betas, got .*Use DDPM"):
         images(pipeline(scheduler))
 
 
 def test_unet_without_a_size_is_refused():
-    with pytest.raises(ValueError, match="^sample_size"):
+    with pytest.raises(ValueError, match=r"^sample_size"):
         images(pipeline(unet=tiny_foreign_unet(sample_size=None)))
 
 
@@ -516,7 +516,7 @@ def test_a_prediction_that_clipping_would_hide_is_an_error():
     """Infinity, clipped to [-1, 1], would pass for an image."""
     unet = tiny_unet()
     unet.conv_out.register_forward_hook(lambda module, args, output: torch.full_like(output, float("inf")))
-    with pytest.raises(RuntimeError, match="^sample must be finite"):
+    with pytest.raises(RuntimeError, match=r"^sample must be finite"):
         images(pipeline(MNISTDDPMScheduler(prediction_type="sample"), unet))
 
 

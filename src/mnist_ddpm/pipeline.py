@@ -115,7 +115,11 @@ class MNISTDDPMPipeline(DiffusionPipeline):
             raise ValueError(f"output_type must be one of {allowed} for {channels} channels, got {output_type!r}.")
         call._prepare_scheduler(num_inference_steps, timesteps)
         step = call.scheduler.step
-        options: dict[str, Any] = {"eta": eta, "use_clipped_model_output": use_clipped_model_output, "noise_scale": noise_scale}
+        options: dict[str, Any] = {
+            "eta": eta,
+            "use_clipped_model_output": use_clipped_model_output,
+            "noise_scale": noise_scale,
+        }
         options = _given(step, options)
         if "generator" in inspect.signature(step).parameters:
             options["generator"] = generator
@@ -259,8 +263,8 @@ class MNISTDDPMPipeline(DiffusionPipeline):
             return snapshot_download(pretrained_model_name, allow_patterns=allowed, **options)
         except Exception as error:  # whatever the network, the server and the client can do
             reason = error if isinstance(error, OSError) else type(error).__name__  # others may quote the token
-            remedy = "Check the name, the token and the network."
-            raise OSError(f"cannot load {pretrained_model_name!r} from the Hub: {reason}. {remedy}") from None
+            remedy = "check the name, the token and the network"
+            raise OSError(f"cannot load {pretrained_model_name!r} from the Hub: {remedy} ({reason})") from None
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, **kwargs: Any
