@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 from evaluate import provenance  # noqa: E402
 from train import non_negative_int, positive_int  # noqa: E402
 
-TESTS = ["schedulers", "unet", "pipeline", "flags"]
+TESTS = ["schedulers", "unet", "flags"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

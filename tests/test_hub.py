@@ -15,7 +15,7 @@ import pytest
 import torch
 import train
 from accelerate.state import AcceleratorState
-from diffusers import AutoModel, DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import AutoModel, DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.utils import _http
 from loopback_hub import READER, USER, WRITER
@@ -216,7 +216,7 @@ def test_scores_get_into_the_card_and_into_the_model_index(hub, tmp_path, monkey
     scores.write_text("{}")
     with pytest.raises(SystemExit, match="error: --scores must be"):
         main([str(folder), REPO, "--scores", str(scores)])
-    with pytest.raises(SystemExit, match="error: .*No such file"):
+    with pytest.raises(SystemExit, match=r"error: .*No such file"):
         main([str(folder), REPO, "--scores", "missing.json"])
 
 
@@ -240,25 +240,9 @@ def test_loads_with_the_plugin_and_no_trust(hub, pipe):
     assert type(loaded.unet) is MNISTUNet2DModel
     assert type(loaded.scheduler) is MNISTDDPMScheduler
     same_images(loaded, pipe)
-
-
-def test_components_can_be_replaced_on_loading(hub, pipe):
-    pipe.push_to_hub(REPO, token=WRITER)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    )
-    for scheduler in (DDIMScheduler(), MNISTDDIMScheduler()):
-        loaded = MNISTDDPMPipeline.from_pretrained(REPO, unet=unet, scheduler=scheduler)
-        assert loaded.unet is unet
-        assert loaded.scheduler is scheduler
-        assert loaded(num_inference_steps=2).images[0].size == (8, 8)
-    assert MNISTDDPMPipeline.from_pretrained(REPO, unet=pipe.unet).unet is pipe.unet
+    scheduler = DDIMScheduler()
+    replaced = MNISTDDPMPipeline.from_pretrained(REPO, unet=pipe.unet, scheduler=scheduler)
+    assert (replaced.unet, replaced.scheduler) == (pipe.unet, scheduler)
 
 
 @pytest.mark.parametrize("trust", [{}, {"trust_remote_code": True}], ids=["plugin", "remote code"])
@@ -278,7 +262,7 @@ def test_dtype_variant_and_device_map(hub, pipe, trust):
     assert loaded.hf_device_map == "cpu"
 
 
-def test_components_load_by_themselves(hub, pipe):
+def test_components_load_alone(hub, pipe):
     pipe.push_to_hub(REPO, token=WRITER)
     unet = MNISTUNet2DModel.from_pretrained(REPO, subfolder="unet")
     torch.testing.assert_close(dict(unet.state_dict()), dict(pipe.unet.state_dict()), atol=0, rtol=0)
@@ -293,7 +277,7 @@ def python_blocks(card):
     return [block.replace("num_inference_steps=50", "num_inference_steps=2") for block in blocks]
 
 
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("learned", [False, True], ids=["fixed variance", "learned variance"])
 def test_code_of_the_card_runs(hub, learned, pipe):
     if learned:
         unet = MNISTUNet2DModel.from_config(pipe.unet.config, out_channels=2)
@@ -309,38 +293,22 @@ def test_code_of_the_card_runs(hub, learned, pipe):
 
 def test_auto_model_finds_the_unet(hub, tmp_path, pipe):
     pipe.save_pretrained(tmp_path, push_to_hub=True, repo_id=REPO, token=WRITER)
-    for place, options in ((tmp_path, {"subfolder": "unet"}), (REPO, {"subfolder": "unet"}), (tmp_path / "unet", {})):
+    for place, subfolder in ((str(tmp_path), "unet"), (REPO, "unet"), (str(tmp_path / "unet"), None)):
         with pytest.raises(ValueError, match="trust_remote_code"):
-            AutoModel.from_pretrained(place, **options)
-        unet = AutoModel.from_pretrained(place, trust_remote_code=True, **options)
+            AutoModel.from_pretrained(place, subfolder=subfolder)
+        unet = AutoModel.from_pretrained(place, subfolder=subfolder, trust_remote_code=True)
         assert type(unet).__name__ == "MNISTUNet2DModel"
         torch.testing.assert_close(dict(unet.state_dict()), dict(pipe.unet.state_dict()), atol=0, rtol=0)
-    unet = AutoModel.from_config(tmp_path, subfolder="unet", trust_remote_code=True)
-    assert unet.config.sample_size == 8
 
 
 def test_loads_from_the_cache_without_a_network(hub, no_waits, pipe):
     pipe.push_to_hub(REPO, token=WRITER)
-    loads = [
-        lambda **options: MNISTDDPMPipeline.from_pretrained(REPO, **options).unet,
-        lambda **options: (
-            DiffusionPipeline.from_pretrained(
-                snapshot_download(REPO, **options),
-                trust_remote_code=True,  # for the id, diffusers asks the Hub each time
-            ).unet
-        ),
-        lambda **options: MNISTUNet2DModel.from_pretrained(REPO, subfolder="unet", **options),
-        lambda **options: MNISTDDPMScheduler.from_pretrained(REPO, subfolder="scheduler", **options),
-        lambda **options: MNISTDDIMScheduler.from_pretrained(REPO, subfolder="scheduler", **options),
-    ]
-    online = [load(force_download=True) for load in loads]
+    MNISTDDPMPipeline.from_pretrained(REPO, force_download=True)
+    folder = snapshot_download(REPO, force_download=True)
     with hub.refusing_connections():
-        for load, expected in zip(loads, online, strict=True):
-            for loaded in (load(), load(local_files_only=True)):
-                for name in set(expected.config) - {"_name_or_path"}:
-                    assert loaded.config[name] == expected.config[name]
-                if isinstance(loaded, torch.nn.Module):
-                    torch.testing.assert_close(dict(loaded.state_dict()), dict(pipe.unet.state_dict()), atol=0, rtol=0)
+        same_images(MNISTDDPMPipeline.from_pretrained(REPO), pipe)
+        same_images(MNISTDDPMPipeline.from_pretrained(REPO, local_files_only=True), pipe)
+        same_images(DiffusionPipeline.from_pretrained(folder, trust_remote_code=True), pipe)
 
 
 def test_loads_from_a_revision(hub, pipe):
@@ -351,25 +319,20 @@ def test_loads_from_a_revision(hub, pipe):
         pipe.unet.conv_in.weight.mul_(2)
     pipe.push_to_hub(REPO, token=WRITER)
     same_images(MNISTDDPMPipeline.from_pretrained(REPO), pipe)
-    torch.testing.assert_close(
-        images(MNISTDDPMPipeline.from_pretrained(REPO, revision=revision)), expected, atol=1e-4, rtol=0
-    )
+    first = images(MNISTDDPMPipeline.from_pretrained(REPO, revision=revision))
+    torch.testing.assert_close(first, expected, atol=1e-4, rtol=0)
     with pytest.raises(OSError, match="no such revision"):
         MNISTDDPMPipeline.from_pretrained(REPO, revision="missing")
 
 
 def test_private_repositories_need_a_token(hub, pipe):
-    pipe.push_to_hub(REPO, token=WRITER, private=True)
-    same_images(MNISTDDPMPipeline.from_pretrained(REPO, token=READER, force_download=True), pipe)
-    other = f"{USER}/secret"
-    pipe.push_to_hub(other, token=WRITER, private=True)
+    secret = f"{USER}/secret"
+    pipe.push_to_hub(secret, token=WRITER, private=True)
     for options in ({}, {"token": "hf_wrongToken"}):
-        with pytest.raises(OSError, match=f"cannot load '{other}' from the Hub: check the name, the token") as error:
-            MNISTDDPMPipeline.from_pretrained(other, **options)
+        with pytest.raises(OSError, match=f"cannot load '{secret}' from the Hub: check the name, the token") as error:
+            MNISTDDPMPipeline.from_pretrained(secret, **options)
         assert "hf_wrongToken" not in str(error.value)
-    same_images(MNISTDDPMPipeline.from_pretrained(other, token=READER), pipe)
-    MNISTUNet2DModel.from_pretrained(other, subfolder="unet", token=READER, force_download=True)
-    MNISTDDPMScheduler.from_pretrained(other, subfolder="scheduler", token=READER, force_download=True)
+    same_images(MNISTDDPMPipeline.from_pretrained(secret, token=READER), pipe)
 
 
 def test_repository_saved_by_an_earlier_version_gives_the_images_that_it_gave(hub):
@@ -518,21 +481,17 @@ def test_check_repository_creates_it_and_returns_its_full_name(hub):
         (REPO, "hf_wrongToken", "token is missing, wrong or expired"),
         (REPO, READER, "token may not write there"),
         ("somebody/mnist-ddpm", WRITER, "token may not write there"),
+        ("somebody/theirs", WRITER, "token may not write there"),
         ("a/b/c", WRITER, "Repo id must be in the form"),
     ],
 )
 def test_wrong_token_or_name_is_found_before_the_training(hub, repo_id, token, remedy):
+    hub.add("somebody/theirs")
     with pytest.raises(RuntimeError, match=rf"cannot push to the repository '{repo_id}': .*{remedy}") as error:
         check_repository(repo_id, token=token)
     assert token not in str(error.value)
     assert error.value.__cause__ is None
     assert error.value.__suppress_context__
-
-
-def test_repository_of_somebody_else_is_found_before_the_training(hub):
-    hub.add("somebody/mnist-ddpm")
-    with pytest.raises(RuntimeError, match="token may not write there"):
-        check_repository("somebody/mnist-ddpm", token=WRITER)
 
 
 def test_missing_token(hub, tmp_path, monkeypatch, pipe):
@@ -546,7 +505,7 @@ def test_missing_token(hub, tmp_path, monkeypatch, pipe):
     assert set(hub.files(REPO)) == LAYOUT | {".gitattributes"}
 
 
-FAULTS = [401, 403, 409, 500, "drop", "cut"]
+FAULTS = [401, 500, "drop", "cut"]
 
 
 @pytest.mark.parametrize("kind", FAULTS)
@@ -566,10 +525,9 @@ def test_a_push_that_fails_says_what_to_do_and_leaves_the_pipeline(hub, no_waits
     same_images(MNISTDDPMPipeline.from_pretrained(REPO, force_download=True), pipe)
 
 
-@pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("endpoint", ["create", "preupload"])
-def test_a_hub_in_trouble_is_found_before_the_training(hub, no_waits, endpoint, kind):
-    with hub.fault(endpoint, kind), pytest.raises(RuntimeError) as error:
+def test_a_hub_in_trouble_is_found_before_the_training(hub, no_waits, endpoint):
+    with hub.fault(endpoint, 500), pytest.raises(RuntimeError) as error:
         check_repository(REPO, token=WRITER)
     assert_clear(error)
 
@@ -601,14 +559,12 @@ def test_a_download_that_fails_names_the_repository(hub, no_waits, pipe, endpoin
     same_images(MNISTDDPMPipeline.from_pretrained(repo), pipe)
 
 
-@pytest.mark.parametrize("way", ["save_pretrained", "push_to_hub", "publish"])
+@pytest.mark.parametrize("way", ["save_pretrained", "push_to_hub"])
 def test_the_command_that_a_failed_push_names_pushes(hub, tmp_path, monkeypatch, pipe, way):
     folder = tmp_path / "a folder"
-    pipe.save_pretrained(folder)
     pushes = {
         "save_pretrained": lambda: pipe.save_pretrained(folder, push_to_hub=True, repo_id=REPO, private=True),
         "push_to_hub": lambda: pipe.push_to_hub(REPO, private=True),
-        "publish": lambda: publish(folder, REPO, private=True),
     }
     monkeypatch.setenv("HF_TOKEN", WRITER)
     with hub.fault("create", 500), pytest.raises(RuntimeError, match="the Hub is in trouble: try again") as error:
@@ -616,7 +572,7 @@ def test_the_command_that_a_failed_push_names_pushes(hub, tmp_path, monkeypatch,
     push_again(error, monkeypatch)
     assert set(hub.files(REPO)) == LAYOUT | {".gitattributes"}
     assert hub.repos["models", REPO].private
-    assert hub.files(REPO)[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+    same_images(MNISTDDPMPipeline.from_pretrained(REPO, token=READER, force_download=True), pipe)
 
 
 def test_a_copy_without_the_package_pushes_as_diffusers_does(hub, tmp_path, pipe):
@@ -680,11 +636,6 @@ def test_neither_token_nor_folder_is_published_or_kept(hub, trained, tmp_path, c
     assert not any(WRITER.encode() in content for content in [*hub.files(REPO).values(), *written])
     assert not any(str(tmp_path).encode() in content for content in hub.files(REPO).values())
     assert WRITER not in caplog.text + "".join(capfd.readouterr())
-
-
-def test_flags_are_not_abbreviated_so_that_the_token_can_be_told(capsys):
-    with pytest.raises(SystemExit):
-        train.parse_args(["--hub_tok", WRITER])
 
 
 @pytest.mark.parametrize(
