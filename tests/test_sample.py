@@ -199,6 +199,10 @@ def test_image_grid():
     images = [Image.new("L", (2, 1), color=i + 1) for i in range(3)]
     np.testing.assert_array_equal(np.asarray(image_grid(images)), [[1, 1, 2, 2], [3, 3, 0, 0]])
     np.testing.assert_array_equal(np.asarray(image_grid(images, columns=1)), [[1, 1], [2, 2], [3, 3]])
+    with pytest.raises(ValueError, match="`images` must hold at least one"):
+        image_grid([])
+    with pytest.raises(ValueError, match="`columns` must be at least 1, got 0"):
+        image_grid(images, columns=0)
 
 
 # Errors

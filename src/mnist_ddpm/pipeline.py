@@ -45,6 +45,8 @@ class MNISTDDPMPipeline(DiffusionPipeline):
             models that are trained for them.
     """
 
+    unet: Any
+    scheduler: Any
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ("latents", "pred_original_sample")
     _interrupt = False
@@ -79,24 +81,22 @@ class MNISTDDPMPipeline(DiffusionPipeline):
             batch_size: How many images.
             generator: The source of randomness. One generator serves the whole batch. With a list, one per image,
                 each image depends on its own seed only.
-            latents: Start from this noise, N(0, I) of shape `(B, C, H, W)`, instead of drawing it. The sample is
-                float64 if this is.
+            latents: The noise to start from, N(0, I) of shape `(B, C, H, W)`. The sample is float64 if this is.
             num_inference_steps: How many steps, by default all `num_train_timesteps` of the scheduler. DDIM and the
                 solvers need 50 or fewer.
             timesteps: The timesteps to visit, in decreasing order, instead of `num_inference_steps`; only for
                 schedulers that take them.
             eta: The weight of DDIM's noise, in [0, 1]; only for schedulers whose `step` takes it.
-            use_clipped_model_output: Whether DDIM recomputes the predicted noise from the clipped x_0; only for
-                schedulers whose `step` takes it.
-            noise_scale: A factor on the noise of each DDPM step; only for schedulers whose `step` takes it.
+            use_clipped_model_output: Whether DDIM recomputes the noise from the clipped x_0; as for `eta`.
+            noise_scale: A factor on the noise of each DDPM step; as for `eta`.
             output_type: `"pil"` (a list; mode L for one channel), `"np"` (float32, `(B, H, W, C)` in [0, 1]) or
                 `"pt"` (`(B, C, H, W)` in [0, 1]).
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: Called as `callback(pipe, step_index, timestep, tensors)` after each step. It returns
                 a dict, whose `latents` replace the sample. `pipe` has the scheduler of this call, and
                 `pipe._interrupt = True` ends it after this step.
-            callback_on_step_end_tensor_inputs: What `tensors` holds: `"latents"` (the sample), and
-                `"pred_original_sample"` (the predicted x_0) if the scheduler returns it.
+            callback_on_step_end_tensor_inputs: The `tensors`: `"latents"` (the sample), and `"pred_original_sample"`
+                (the predicted x_0) if the scheduler returns it.
 
         Returns:
             An `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
