@@ -1,7 +1,6 @@
-"""Images from noise: the reverse process, with any U-Net and any scheduler of diffusers' kind.
+"""Images from noise: the reverse process, with any U-Net and any scheduler for DDPM's betas.
 
-A saved pipeline carries a copy of this file, so that it loads without this package. The file stands alone: torch, and
-diffusers with what it is built on.
+A saved pipeline carries a copy of this file, which loads without this package: it needs torch and diffusers only.
 """
 
 import copy
@@ -37,12 +36,10 @@ class MNISTDDPMPipeline(DiffusionPipeline):
     scheduler: `pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`.
 
     Args:
-        unet: `unet(sample, timestep).sample` predicts what the scheduler is configured for. Its config has
-            `in_channels` and `sample_size`. With 2C output channels, the second half is a learned variance: DDPM
-            schedulers use it, the others don't need it.
-        scheduler: A scheduler of this package, or one of diffusers for the discrete betas of DDPM: DDPM, DDIM, PNDM,
-            DPM-Solver, UniPC, DEIS, SA-Solver, Euler, Heun, KDPM2, LMS. Schedulers for flow matching and for EDM need
-            models that are trained for them.
+        unet: `unet(sample, timestep).sample` predicts what the scheduler is configured for; its config has
+            `in_channels` and `sample_size`. A learned variance (2C output channels) is used by DDPM schedulers only.
+        scheduler: A scheduler of this package, or one of diffusers for DDPM's discrete betas: DDPM, DDIM, PNDM,
+            DPM-Solver, UniPC, DEIS, SA-Solver, Euler, Heun, KDPM2, LMS. Flow matching and EDM need other models.
     """
 
     unet: Any
@@ -84,11 +81,10 @@ class MNISTDDPMPipeline(DiffusionPipeline):
             latents: The noise to start from, N(0, I) of shape `(B, C, H, W)`. The sample is float64 if this is.
             num_inference_steps: How many steps, by default all `num_train_timesteps` of the scheduler. DDIM and the
                 solvers need 50 or fewer.
-            timesteps: The timesteps to visit, in decreasing order, instead of `num_inference_steps`; only for
-                schedulers that take them.
+            timesteps: The timesteps to visit instead, in decreasing order; only for schedulers that take them.
             eta: The weight of DDIM's noise, in [0, 1]; only for schedulers whose `step` takes it.
-            use_clipped_model_output: Whether DDIM recomputes the noise from the clipped x_0; as for `eta`.
-            noise_scale: A factor on the noise of each DDPM step; as for `eta`.
+            use_clipped_model_output: Whether DDIM recomputes the noise from the clipped x_0; only where `step` takes it.
+            noise_scale: A factor on the noise of each DDPM step; only where `step` takes it.
             output_type: `"pil"` (a list; mode L for one channel), `"np"` (float32, `(B, H, W, C)` in [0, 1]) or
                 `"pt"` (`(B, C, H, W)` in [0, 1]).
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
@@ -102,7 +98,7 @@ class MNISTDDPMPipeline(DiffusionPipeline):
             An `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
 
         Raises:
-            ValueError: If an argument is not for this scheduler or U-Net, or not for the batch size.
+            ValueError: If an argument does not fit the scheduler, the U-Net or the batch size.
             RuntimeError: If the sample is no longer finite.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
@@ -205,7 +201,7 @@ class MNISTDDPMPipeline(DiffusionPipeline):
             return
         step = int((~finite).int().argmax())
         broken = [name for name, weight in self.unet.named_parameters() if not torch.isfinite(weight).all()]
-        cause = f"weights of the U-Net ({broken[0]} is not finite)" if broken else f"dtype ({self.unet.dtype})"
+        cause = f"weights ({broken[0]} is not finite)" if broken else f"dtype ({self.unet.dtype})"
         raise RuntimeError(
             f"sample must be finite, got NaN or infinity from step {step + 1} of {len(self.scheduler.timesteps)} on "
             f"(timestep {self.scheduler.timesteps[step]:g}). Check the {cause} and the scheduler's config."
@@ -273,7 +269,7 @@ class MNISTDDPMPipeline(DiffusionPipeline):
 
         Args:
             save_directory: The folder. A `README.md` in it is kept.
-            safe_serialization: Must be True.
+            safe_serialization: True.
             kwargs: `variant` and `max_shard_size` of the weights. `push_to_hub=True` uploads the folder as well, with
                 `repo_id` (by default the folder's name) and the options of `mnist_ddpm.hub.publish`.
 
