@@ -287,7 +287,7 @@ def test_ddpm_reads_the_variance(scheduler):
     unet = tiny_unet(out_channels=2)
     ours = images(pipeline(MNISTDDPMScheduler.from_config(LEARNED), unet), generator=seeded(0))
     theirs = images(pipeline(getattr(diffusers, scheduler).from_config(LEARNED), unet), generator=seeded(0))
-    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+    torch.testing.assert_close(theirs, ours, atol=1e-3, rtol=0)  # the tables of diffusers are float32
 
 
 def test_ddim_of_a_model_with_a_learned_variance():

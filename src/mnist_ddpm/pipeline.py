@@ -83,7 +83,7 @@ class MNISTDDPMPipeline(DiffusionPipeline):
                 solvers need 50 or fewer.
             timesteps: The timesteps to visit instead, in decreasing order; only for schedulers that take them.
             eta: The weight of DDIM's noise, in [0, 1]; only for schedulers whose `step` takes it.
-            use_clipped_model_output: Whether DDIM recomputes the noise from the clipped x_0; only where `step` takes it.
+            use_clipped_model_output: Whether DDIM recomputes the noise from clipped x_0; only where `step` takes it.
             noise_scale: A factor on the noise of each DDPM step; only where `step` takes it.
             output_type: `"pil"` (a list; mode L for one channel), `"np"` (float32, `(B, H, W, C)` in [0, 1]) or
                 `"pt"` (`(B, C, H, W)` in [0, 1]).
