@@ -19,7 +19,6 @@ from accelerate.state import AcceleratorState
 from loopback_hub import READER, USER, WRITER
 from PIL import Image
 from safetensors.torch import load_file
-from sample import load_pipeline
 
 from mnist_ddpm import MNISTDDPMPipeline, MNISTUNet2DModel
 from mnist_ddpm.likelihood import log_snr_betas

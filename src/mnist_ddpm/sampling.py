@@ -79,7 +79,8 @@ def load_pipeline(
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"model must be a saved pipeline, got {model!r}, missing or damaged: {error}") from error
     pipe.scheduler = make_scheduler(scheduler, pipe.scheduler.config)
-    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe.to(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    return pipe
 
 
 def weights_digest(unet: torch.nn.Module) -> str:
@@ -124,8 +125,9 @@ def sample(
 
         for start in range(0, len(indices), batch_size):
             batch = indices[start : start + batch_size]
-            options = {"callback_on_step_end": advance, "generator": image_generators(seed, batch)} | kwargs
-            yield batch, pipe(batch_size=len(batch), **options).images
+            options = {"callback_on_step_end": advance, "generator": image_generators(seed, batch), **kwargs}
+            (images,) = pipe(batch_size=len(batch), return_dict=False, **options)
+            yield batch, images
 
 
 def sample_tensor(

@@ -41,7 +41,7 @@ def two_sample_accuracy(
     train_labels, test_labels = (_labels(half).to(device) for half in zip(*halves, strict=True))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _network(images.shape[1]).to(device, memory_format=torch.channels_last)
+        network = _network(images.shape[1]).to(device)
 
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
     batches_per_epoch = -(-len(train) // batch_size)
@@ -50,13 +50,13 @@ def two_sample_accuracy(
         for batch in torch.randperm(len(train), generator=generator).tensor_split(batches_per_epoch):
             loss = F.binary_cross_entropy_with_logits(network(train[batch]).flatten(), train_labels[batch])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             scheduler.step()
 
     network.eval()
     with torch.inference_mode():
-        logits = torch.cat([network(batch).flatten() for batch in test.split(500)])
+        logits = torch.cat([network(batch).flatten() for batch in torch.split(test, 500)])
     return float(((logits > 0) == (test_labels > 0)).double().mean())
 
 
