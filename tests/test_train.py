@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from mnist_ddpm import MNISTDDPMPipeline, MNISTUNet2DModel
 from mnist_ddpm.likelihood import log_snr_betas
+from mnist_ddpm.sampling import load_pipeline
 from mnist_ddpm.training.checkpoints import list_checkpoints
 
 NUM_IMAGES = 24

@@ -1,6 +1,7 @@
 """Many images as one picture, and in files: grids, strips, GIFs; folders and arrays of samples."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def read_samples(path: str | Path, num_images: int | None = None) -> torch.Tenso
     """
     from mnist_ddpm.data import decode_images, load_split
 
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         images = decode_images(load_split(str(path)), channels=1).squeeze(1).numpy()
     else:
         try:

@@ -1,10 +1,9 @@
 """Samples of a saved pipeline, through any scheduler: image i is a function of the seed and of i alone."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -58,7 +57,7 @@ def make_scheduler(name: str, config: Any) -> Any:
 
 
 def load_pipeline(
-    model: str | PathLike[str] | None = None, scheduler: str = "ddim", device: str | None = None
+    model: str | os.PathLike[str] | None = None, scheduler: str = "ddim", device: str | None = None
 ) -> MNISTDDPMPipeline:
     """Load a saved pipeline with the scheduler of a name in `SCHEDULERS`.
 
@@ -71,7 +70,7 @@ def load_pipeline(
         ValueError: If there is no such pipeline or scheduler, or the pipeline is damaged.
     """
     model = str(mnist_ddpm.PRETRAINED if model is None else model)
-    if not (model and Path(model).is_dir()) and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if not os.path.isdir(model) and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise ValueError(f"model must be the folder of a saved pipeline or a Hub id, got {model!r}.")
     try:
         # without accelerate, diffusers would warn that it can't load in little memory
