@@ -91,9 +91,8 @@ def test_clipping_makes_black_pixels_gray():
     assert black[False] > black[True] + 0.2
 
 
-@pytest.mark.parametrize("name", ["heun", "kdpm2"])
-def test_second_order_steps_are_small_at_high_noise(name):
-    scheduler = make_scheduler(name, MNISTDDPMScheduler(beta_schedule="squaredcos_cap_v2").config)
+def test_heun_takes_small_steps_at_high_noise():
+    scheduler = make_scheduler("heun", MNISTDDPMScheduler(beta_schedule="squaredcos_cap_v2").config)
     scheduler.set_timesteps(10)
     sigmas = scheduler.sigmas.unique().flip(0)
     assert sigmas[0] / sigmas[1] < 20  # 3,000 without Karras' sigmas
