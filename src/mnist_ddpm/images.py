@@ -21,18 +21,16 @@ def image_grid(images: Sequence[Image.Image], columns: int | None = None) -> Ima
         The grid, in the mode of the images.
 
     Raises:
-        ValueError: If there are no images, or fewer than one column is asked for.
+        ValueError: If there are no images.
 
     Example:
         >>> image_grid([Image.new("L", (28, 28))] * 10).size
         (112, 84)
     """
     if not images:
-        raise ValueError("`images` must hold at least one image")
+        raise ValueError("images must hold at least one image, got none.")
     if columns is None:
         columns = math.ceil(math.sqrt(len(images)))
-    if columns < 1:
-        raise ValueError(f"`columns` must be at least 1, got {columns}")
     width, height = images[0].size
     grid = Image.new(images[0].mode, (columns * width, math.ceil(len(images) / columns) * height))
     for i, image in enumerate(images):
