@@ -178,7 +178,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_bytes())
         reason = ", ".join(name for name, digest in manifest["files"].items() if _digest(checkpoint / name) != digest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = repr(error)
+        reason = f"{type(error).__name__}: {error}"
     if reason:
         raise DamagedCheckpointError(f"resume_from_checkpoint must be as it was written, got {checkpoint}: {reason}.")
     return manifest
