@@ -12,7 +12,6 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from evaluate import provenance  # noqa: E402
 from sample import SCHEDULERS, load_pipeline, sample  # noqa: E402
-from train import non_negative_int, positive_int  # noqa: E402
 
 ROW = 16  # images of each scheduler in the picture
 
@@ -22,10 +21,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", help="Folder of a saved pipeline, or its Hub id; without it, the package's own.")
-    parser.add_argument("--num_images", type=positive_int, default=200, help="Of each scheduler.")
-    parser.add_argument("--num_inference_steps", type=positive_int, default=50)
-    parser.add_argument("--batch_size", type=positive_int, default=100)
-    parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--num_images", type=int, default=200, help="Of each scheduler.")
+    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--batch_size", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "every_scheduler.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "assets" / "schedulers.png")
     args = parser.parse_args(argv)

@@ -19,14 +19,12 @@ MARGIN = 0.1  # by which the peaks of few and many images may differ: the alloca
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    from train import positive_int
-
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--num_images", type=positive_int, nargs="+", default=[1000, 10_000], help="To sample.")
-    parser.add_argument("--batch_size", type=positive_int, default=64, help="Images to sample at a time.")
-    parser.add_argument("--num_inference_steps", type=positive_int, default=1)
-    parser.add_argument("--max_train_steps", type=positive_int, default=20, help="Else train.py is at its defaults.")
+    parser.add_argument("--num_images", type=int, nargs="+", default=[1000, 10_000], help="To sample.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Images to sample at a time.")
+    parser.add_argument("--num_inference_steps", type=int, default=1)
+    parser.add_argument("--max_train_steps", type=int, default=20, help="Else train.py is at its defaults.")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "memory.json")
     args = parser.parse_args(argv)
     args.command, args.seed = ["python", "benchmarks/memory.py", *argv], 0

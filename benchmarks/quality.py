@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from sample import sample
-from train import MNIST
 
-from mnist_ddpm.data import decode_images, load_split
+from mnist_ddpm.data import MNIST, decode_images, load_split
 from mnist_ddpm.metrics import (
     ClassifierFeatures,
     class_scores,
@@ -37,9 +36,9 @@ class Quality:
     def __init__(self, num_images: int, seed: int = 0, batch_size: int = 250, device: str = "cpu"):
         self.num_images, self.seed, self.batch_size, self.device = num_images, seed, batch_size, device
         self.classifier = ClassifierFeatures.from_pretrained().to(device)
-        train = decode_images(load_split(str(MNIST), split="train"))
+        train = decode_images(load_split(MNIST, split="train"))
         self.reference = extract_features(self.classifier, train)
-        test = decode_images(load_split(str(MNIST), split="test"))
+        test = decode_images(load_split(MNIST, split="test"))
         self.floor = self.score(random_subset(test, num_images, seed))
 
     def score(self, images: torch.Tensor) -> dict[str, float]:
