@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 
 from mnist_ddpm.training.checkpoints import (
     DamagedCheckpointError,
     TrainLog,
+    atomic_write,
     check_output_dir,
     check_settings,
     cut_back,
@@ -20,11 +20,9 @@ from mnist_ddpm.training.checkpoints import (
     move_into_place,
     prune_checkpoints,
     read_manifest,
-    remove,
     remove_earlier_run,
     replace_files,
     write_manifest,
-    atomic_write,
 )
 
 

@@ -161,7 +161,7 @@ def test_one_process_where_more_were_asked_for_is_said(monkeypatch, caplog, envi
 
 def test_logger_that_is_not_installed_is_an_error_at_once(monkeypatch):
     monkeypatch.setattr("mnist_ddpm.training.machine.is_wandb_available", lambda: False)
-    with pytest.raises(ValueError, match="logger must be installed, got 'wandb'.*pip install wandb"):
+    with pytest.raises(ValueError, match=r"logger must be installed, got 'wandb'.*pip install wandb"):
         make_accelerator(TrainingArguments(logger="wandb"))
 
 

@@ -17,7 +17,9 @@ from tiny_training import command_line, write_workplace
 from mnist_ddpm.training.checkpoints import list_checkpoints
 
 pytestmark = pytest.mark.slow
-MUON = 1e-2
+# Gradients summed in another order differ by 1e-7. Newton-Schulz in bfloat16 rounds a few entries of an update the
+# other way then, by 2^-8 of their size: after 20 steps, losses and gradients differ by 1e-4.
+TOLERANCES = {"adamw": 1e-5, "muon": 1e-3}
 
 
 @pytest.fixture
@@ -46,8 +48,8 @@ def read_log(output_dir):
     return [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("optimizer", "tolerance"), [("adamw", 1e-4), ("muon", MUON)])
-def test_one_and_two_processes_learn_the_same(command, tmp_path, optimizer, tolerance):
+@pytest.mark.parametrize("optimizer", TOLERANCES)
+def test_one_and_two_processes_learn_the_same(command, tmp_path, optimizer):
     """20 steps of 8 images, as 1 x 8 and as 2 x 2 x 2 images, and one process resuming from where two had come to."""
     flags = ["--max_train_steps", 20, "--lr_scheduler", "constant", "--checkpointing_steps", 10]
     flags += ["--optimizer", optimizer, "--random_flip"]
@@ -61,8 +63,8 @@ def test_one_and_two_processes_learn_the_same(command, tmp_path, optimizer, tole
     one, two, resumed = (read_log(tmp_path / name) for name in ("one", "two", "resumed"))
     assert [record["step"] for record in two] == list(range(1, 21))
     for key in ("loss", "grad_norm", "lr"):
-        np.testing.assert_allclose([r[key] for r in two], [r[key] for r in one], rtol=tolerance)
-        np.testing.assert_allclose([r[key] for r in resumed], [r[key] for r in one[10:]], rtol=tolerance)
+        np.testing.assert_allclose([r[key] for r in two], [r[key] for r in one], rtol=TOLERANCES[optimizer])
+        np.testing.assert_allclose([r[key] for r in resumed], [r[key] for r in one[10:]], rtol=TOLERANCES[optimizer])
 
 
 def test_two_processes_stop_where_a_number_is_not_finite(command, tmp_path):
