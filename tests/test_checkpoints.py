@@ -98,7 +98,7 @@ def test_a_named_checkpoint_must_be_there_and_whole(tmp_path):
 
 def test_other_settings_are_refused_with_both_values(tmp_path):
     check_settings({"seed": 0}, {"seed": 0}, tmp_path)
-    with pytest.raises(ValueError, match="^seed must be 0 .*, got 1"):
+    with pytest.raises(ValueError, match=r"^seed must be 0 .*, got 1"):
         check_settings({"seed": 0}, {"seed": 1}, tmp_path)
 
 

@@ -114,7 +114,7 @@ class Trainer:
         logger.info(
             f"{self.num_images:,} images of shape {tuple(images.shape[1:])} on {images.device}, U-Net of "
             f"{sum(p.numel() for p in unet.parameters()):,} parameters with "
-            f"{f'the state of {checkpoint}' if checkpoint else origin}, steps {self.first_step:,} to "
+            f"{'saved weights' if checkpoint else origin}, steps {self.first_step:,} to "
             f"{self.total_steps:,} of {self.batch_size} images"
         )
         logger.info(
@@ -142,6 +142,7 @@ class Trainer:
             logger.info(f"There is no checkpoint in {self.output_dir} yet: starting a new run")
             return None, 0
         checkpoint, manifest = found
+        logger.info(f"Resuming from {checkpoint}")
         check_settings(manifest["settings"], self.settings, checkpoint)
         done: int = manifest["step"]
         require(
