@@ -54,7 +54,7 @@ def train(output_dir: Path) -> list[dict[str, float]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        main(parse_args([*TRAINING.split(), "--model_config_name_or_path", str(RECORDED / "unet"), "--output_dir", str(output_dir)]))
+        main(parse_args([*TRAINING.split(), *unet, "--output_dir", str(output_dir)]))
     finally:
         torch.set_num_threads(threads)
     return [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]
