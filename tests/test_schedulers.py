@@ -54,8 +54,8 @@ def test_cosine_betas_follow_iddpm_equation_17(name):
 def test_scaled_linear_and_sigmoid_betas():
     ramp = torch.linspace(0, 1, 50, dtype=torch.float64)
     root = 0.1 + (0.2 - 0.1) * ramp
-    close(module.scaled_linear_betas(50, 0.01, 0.04), root**2)
-    close(module.sigmoid_betas(50, 0.01, 0.04), 0.01 + 0.03 / (1 + torch.exp(6 - 12 * ramp)))
+    close(module.BETA_SCHEDULES["scaled_linear"](50, 0.01, 0.04), root**2)
+    close(module.BETA_SCHEDULES["sigmoid"](50, 0.01, 0.04), 0.01 + 0.03 / (1 + torch.exp(6 - 12 * ramp)))
 
 
 def test_trained_betas_set_the_number_of_timesteps():
