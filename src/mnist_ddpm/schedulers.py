@@ -23,17 +23,18 @@ import math
 import operator
 from collections import namedtuple
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput as MNISTSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
-from diffusers.utils.outputs import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+Timesteps = int | Tensor  # one for all images, or a tensor `(B,)`
 
 # Beta schedules: float64 tensors of shape (T,) -----------------------------------------------------------------------
 
@@ -65,23 +66,11 @@ BETA_SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
     "squaredcos_cap_v2": lambda T, start, end: cosine_betas(T),
 }
 
-# What DDPM and DDIM share --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class MNISTSchedulerOutput(BaseOutput):
-    """What `step` returns: x_prev, and x0_hat after clipping, both of shape `(B, C, H, W)`."""
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
-
 
 class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
     """What DDPM and DDIM share: the forward process, the predicted x_0, the timesteps and the config."""
 
-    def sample_forward(
-        self, x_0: Tensor, t: int | Tensor, noise: Tensor | None = None, generator: Any = None
-    ) -> Tensor:
+    def sample_forward(self, x_0: Tensor, t: Timesteps, noise: Tensor | None = None, generator: Any = None) -> Tensor:
         """Draw x_t from x_0: `x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps` (DDPM, equation 4).
 
         Args:
@@ -93,31 +82,29 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
         Returns:
             x_t, shape `(B, C, H, W)`.
         """
-        c, eps = self._coefficients(self._forward, t, x_0), draw_noise(x_0, noise, generator)
+        c, eps = self._coefficients("forward", t, x_0), draw_noise(x_0, noise, generator)
         x_t = c.sqrt_alpha_bar_t * x_0 + c.sqrt_one_minus_alpha_bar_t * eps
         return x_t.to(x_0.dtype)
 
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Timesteps) -> Tensor:
         """`sample_forward` under diffusers' name."""
         return self.sample_forward(original_samples, timesteps, noise)
 
-    def forward_step(
-        self, x_prev: Tensor, t: int | Tensor, noise: Tensor | None = None, generator: Any = None
-    ) -> Tensor:
+    def forward_step(self, x_prev: Tensor, t: Timesteps, noise: Tensor | None = None, generator: Any = None) -> Tensor:
         """Draw x_t from x_{t-1}: `x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps` (DDPM, equation 2).
 
         Args and result are those of `sample_forward`. The step is one of training, whichever timesteps are visited.
         """
-        c, eps = self._coefficients(self._forward, t, x_prev), draw_noise(x_prev, noise, generator)
+        c, eps = self._coefficients("forward", t, x_prev), draw_noise(x_prev, noise, generator)
         x_t = c.sqrt_alpha_t * x_prev + c.sqrt_beta_t * eps
         return x_t.to(x_prev.dtype)
 
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Timesteps) -> Tensor:
         """What a "v_prediction" model predicts: `v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0`.
 
         Args and result are those of `add_noise` (progressive distillation, arXiv 2202.00512, appendix D).
         """
-        c, eps = self._coefficients(self._forward, timesteps, sample), draw_noise(sample, noise, None)
+        c, eps = self._coefficients("forward", timesteps, sample), draw_noise(sample, noise, None)
         v = c.sqrt_alpha_bar_t * eps - c.sqrt_one_minus_alpha_bar_t * sample
         return v.to(sample.dtype)
 
@@ -128,7 +115,7 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
                 check_signal(c.sqrt_alpha_bar_t)
                 x0_hat = (x_t - c.sqrt_one_minus_alpha_bar_t * output) / c.sqrt_alpha_bar_t
             case "sample":
-                x0_hat = output
+                x0_hat = output.to(c.sqrt_alpha_bar_t.dtype)
             case "v_prediction":
                 x0_hat = c.sqrt_alpha_bar_t * x_t - c.sqrt_one_minus_alpha_bar_t * output
         if self.config["thresholding"]:
@@ -140,15 +127,13 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
             return x0_hat.clamp(-self.config["clip_sample_range"], self.config["clip_sample_range"])
         return x0_hat
 
-    def sample_backward(self, x_t: Tensor, t: int | Tensor, model_output: Tensor, **options: Any) -> Any:
+    def sample_backward(self, x_t: Tensor, t: Timesteps, model_output: Tensor, **options: Any) -> Any:
         """Draw x_prev from x_t: `step` in the words of `sample_forward`, with the options of `step`."""
         return self.step(model_output, t, x_t, **options).prev_sample
 
-    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: Timesteps | None = None) -> Tensor:
         """The sample as it is; schedulers that scale the model's input do so here."""
         return sample
-
-    # Timesteps and tables
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Any = None, timesteps: Sequence[int] | None = None
@@ -159,9 +144,6 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
             num_inference_steps: their number, from 1 to T; the config's `timestep_spacing` places them.
             device: where `timesteps` are wanted, the CPU if None.
             timesteps: instead of their number, the timesteps themselves in descending order.
-
-        Raises:
-            ValueError: if neither or both are given, or if a timestep is out of range or out of order.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("num_inference_steps or timesteps must be given, and not both.")
@@ -182,43 +164,47 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
     def timesteps(self, timesteps: Tensor) -> None:
         self._visit(timesteps)
 
-    def previous_timestep(self, timestep: int | Tensor) -> Any:
+    def previous_timestep(self, timestep: Timesteps) -> Any:
         """The timestep that is visited after the given one, -1 after the last; of the type and shape of the input."""
         prev = next_visited(self.timesteps, torch.as_tensor(timestep, device=self.timesteps.device).long())
         return prev.to(timestep.device) if isinstance(timestep, Tensor) else int(prev)
 
     def _visit(self, timesteps: Any, device: Any = None) -> None:
         """Set the timesteps, and tabulate the steps between them."""
-        if not isinstance(timesteps, Tensor):
-            timesteps = torch.tensor(timesteps, device="cpu")
-        if timesteps.is_cpu:
-            check_timesteps(timesteps, len(self))
+        timesteps = torch.as_tensor(timesteps, device=getattr(timesteps, "device", "cpu"))
+        check_timesteps(timesteps, len(self))
         self._timesteps = timesteps.to(device or timesteps.device, torch.int64)
         self._visited = self._timesteps.to("cpu", copy=True)
         prev = next_visited(self._visited, torch.arange(len(self), device="cpu"))
-        alpha_bar, last = self.alphas_cumprod.cpu(), prev < 0
-        alpha_bar_prev = alpha_bar[prev].where(~last, self.final_alpha_cumprod.cpu())
-        self._backward = CoefficientTable(self._step_row(alpha_bar, alpha_bar_prev, last))
-        self._backward.on(self._timesteps.device, torch.float32)  # copied now, as a step should not wait for it
+        alpha_bar, beta = self.alphas_cumprod.cpu(), self.betas.cpu()
+        alpha_bar_prev = alpha_bar[prev].where(prev >= 0, self.final_alpha_cumprod.cpu())
+        forward = ForwardRow(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), (1 - beta).sqrt(), beta.sqrt())
+        self._rows = {"forward": forward, "step": step_row(alpha_bar, alpha_bar_prev, last=prev < 0)}
+        self._copies: dict[Any, Tensor] = {}
+        self._table("step", self._timesteps.device, torch.float32)  # copied now, as a step should not wait for it
 
-    def _coefficients(self, table: "CoefficientTable", timestep: int | Tensor, sample: Tensor) -> Any:
+    def _table(self, *key: Any) -> Tensor:
+        """The rows of all timesteps `(T, k)` by name, device and dtype, copied there once."""
+        if key not in self._copies:  # into a new dict, as another thread may be copying the old one
+            name, device, dtype = key
+            self._copies = {**self._copies, key: torch.stack(self._rows[name], dim=1).to(device, dtype)}
+        return self._copies[key]
+
+    def _coefficients(self, name: str, timestep: Timesteps, sample: Tensor) -> Any:
         """The row of a timestep, as tensors `(1, 1, 1, 1)` or `(B, 1, 1, 1)` in at least float32."""
-        t = as_timesteps(timestep, sample, len(self))
-        rows = table.on(sample.device, torch.promote_types(sample.dtype, torch.float32)).index_select(0, t)
-        return table.row_type(*rows.view(len(t), *[1] * (sample.ndim - 1), -1).unbind(-1))
-
-    def _step_coefficients(self, timestep: int | Tensor, sample: Tensor) -> Any:
-        """The coefficients of the step from a timestep to its prev."""
         if on_host(self._timesteps) and not self._timesteps.equal(self._visited):
             self.timesteps = self._timesteps  # it was written to in place
-        return self._coefficients(self._backward, timestep, sample)
-
-    # Config
+        check_images("sample", sample, sample.shape)
+        t = as_timesteps(timestep, sample, len(self))
+        table = self._table(name, sample.device, torch.promote_types(sample.dtype, torch.float32))
+        columns = table.index_select(0, t).view(len(t), *[1] * (sample.ndim - 1), -1).unbind(-1)
+        return type(self._rows[name])(*columns)
 
     order = 1
+    num_inference_steps: int | None = None
     init_noise_sigma = 1.0
     ignore_for_config = ["simple_var"]  # noqa: RUF012
-    _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]  # noqa: RUF012
+    _compatibles = ["MNISTDDPMScheduler", "MNISTDDIMScheduler", *(s.name for s in KarrasDiffusionSchedulers)]  # noqa: RUF012
     _variance_types: tuple[str, ...] = ("fixed_small", "fixed_large")
 
     def _set_up(self, simple_var: bool | None, set_alpha_to_one: bool = True) -> None:
@@ -226,19 +212,14 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
         # a key that is listed as a default would give way to the target's default in a swap
         config = canonical({**self.config, "simple_var": simple_var}) | {"_use_default_values": []}
         self._internal_dict = config | {"_class_name": type(self).__name__}
-        for name in CHOICES:
+        for name in (*CHOICES, "variance_type"):
             self._option(name)
         self.betas = betas_of(config)
         self.alphas = 1 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
-        check_betas(self.alphas, self.alphas_cumprod)
         self.alphas_cumprod_prev = torch.cat([self.betas.new_ones(1), self.alphas_cumprod[:-1]])
         self.final_alpha_cumprod = self.betas.new_tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
-        roots = [x.sqrt() for x in (self.alphas_cumprod, 1 - self.alphas_cumprod, self.alphas, self.betas)]
-        self._forward = CoefficientTable(ForwardRow(*roots))
-        # until set_timesteps is called, sampling visits every timestep
-        self.num_inference_steps: int | None = None
-        self._visit(torch.arange(len(self) - 1, -1, -1, device="cpu"))
+        self._visit(range(len(self) - 1, -1, -1))  # until set_timesteps is called, sampling visits every timestep
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep a config that may be written to, where diffusers or a pipeline replaces it as a whole."""
@@ -265,18 +246,30 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
         """Read the config of any scheduler: a missing key means the default of the class that the config is from."""
         return super().extract_init_dict(with_defaults(cls, canonical(config_dict)), **canonical(kwargs))
 
-    @classmethod
-    def _get_compatibles(cls) -> list[type]:
-        return [*super()._get_compatibles(), *OUR_SCHEDULERS]
-
-
-# DDPM ----------------------------------------------------------------------------------------------------------------
 
 ForwardRow = namedtuple("ForwardRow", "sqrt_alpha_bar_t sqrt_one_minus_alpha_bar_t sqrt_alpha_t sqrt_beta_t")
-DDPMRow = namedtuple(
-    "DDPMRow",
-    "sqrt_alpha_bar_t sqrt_one_minus_alpha_bar_t x0_to_mean xt_to_mean small_std large_std log_variance_range",
+StepRow = namedtuple(
+    "StepRow",
+    "sqrt_alpha_bar_t sqrt_one_minus_alpha_bar_t sqrt_alpha_bar_prev sqrt_one_minus_alpha_bar_prev "
+    "x0_to_mean xt_to_mean small_std large_std log_variance_range kept_share",
 )
+
+
+def step_row(alpha_bar_t: Tensor, alpha_bar_prev: Tensor, last: Tensor) -> StepRow:
+    """The coefficients of steps from t to prev, each float64 `(T,)`; no noise where the step is the last one."""
+    alpha_t = alpha_bar_t / alpha_bar_prev
+    beta_t = 1 - alpha_t
+    posterior_variance = beta_t * (1 - alpha_bar_prev) / (1 - alpha_bar_t)  # DDIM's sigma^2 for eta = 1
+    kept_share = alpha_t * (1 - alpha_bar_prev) / (1 - alpha_bar_t)  # 1 - sigma^2 / (1 - alpha_bar_prev)
+    return StepRow(
+        sqrt_alpha_bar_t=alpha_bar_t.sqrt(), sqrt_one_minus_alpha_bar_t=(1 - alpha_bar_t).sqrt(),
+        sqrt_alpha_bar_prev=alpha_bar_prev.sqrt(), sqrt_one_minus_alpha_bar_prev=(1 - alpha_bar_prev).sqrt(),
+        x0_to_mean=alpha_bar_prev.sqrt() * beta_t / (1 - alpha_bar_t),
+        xt_to_mean=alpha_t.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar_t),
+        small_std=posterior_variance.sqrt().masked_fill(last, 0), large_std=beta_t.sqrt().masked_fill(last, 0),
+        log_variance_range=(beta_t / posterior_variance.where(~last, beta_t)).log(),
+        kept_share=kept_share.masked_fill(last, 1),
+    )  # fmt: skip
 
 
 class MNISTDDPMScheduler(MNISTSchedulerBase):
@@ -296,13 +289,9 @@ class MNISTDDPMScheduler(MNISTSchedulerBase):
         thresholding: whether x0_hat is clipped instead to the quantile `dynamic_thresholding_ratio` of its absolute
             values, from 1 to `sample_max_value`, and divided by it.
         timestep_spacing: `"trailing"` (begins at T - 1, where the sample is noise), `"linspace"` (both ends) or
-            `"leading"` (ends at 0 and begins too late; the default of diffusers).
-        steps_offset: added to the timesteps of `"leading"`.
+            `"leading"` (ends at 0 and begins too late; the default of diffusers), to which `steps_offset` is added.
         rescale_betas_zero_snr: whether the betas are rescaled so that the last timestep is pure noise.
         simple_var: True is another word for `variance_type="fixed_large"`, False for `"fixed_small"`.
-
-    Raises:
-        ValueError: for an unknown choice, a contradiction, or betas outside of (0, 1].
 
     >>> scheduler = MNISTDDPMScheduler(beta_schedule="cosine", simple_var=True)
     >>> scheduler.set_timesteps(4)
@@ -315,31 +304,16 @@ class MNISTDDPMScheduler(MNISTSchedulerBase):
     @register_to_config
     def __init__(
         self, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2,
-        beta_schedule: str = "linear", trained_betas: Sequence[float] | None = None,
-        variance_type: str | None = None, clip_sample: bool = True,
-        prediction_type: str = "epsilon", thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0, sample_max_value: float = 1.0, timestep_spacing: str = "trailing",
-        steps_offset: int = 0, rescale_betas_zero_snr: bool = False, simple_var: bool | None = None,
+        beta_schedule: str = "linear", trained_betas: Sequence[float] | None = None, variance_type: str | None = None,
+        clip_sample: bool = True, prediction_type: str = "epsilon",
+        thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995, clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0, timestep_spacing: str = "trailing", steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False, simple_var: bool | None = None,
     ):  # fmt: skip
         self._set_up(simple_var)
 
-    def _step_row(self, alpha_bar_t: Tensor, alpha_bar_prev: Tensor, last: Tensor) -> DDPMRow:
-        """The coefficients of steps, each float64 `(T,)`."""
-        alpha_t = alpha_bar_t / alpha_bar_prev
-        beta_t = 1 - alpha_t
-        posterior_variance = beta_t * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
-        return DDPMRow(
-            sqrt_alpha_bar_t=alpha_bar_t.sqrt(),
-            sqrt_one_minus_alpha_bar_t=(1 - alpha_bar_t).sqrt(),
-            x0_to_mean=alpha_bar_prev.sqrt() * beta_t / (1 - alpha_bar_t),
-            xt_to_mean=alpha_t.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar_t),
-            small_std=posterior_variance.sqrt().masked_fill(last, 0),
-            large_std=beta_t.sqrt().masked_fill(last, 0),
-            log_variance_range=(beta_t / posterior_variance.where(~last, beta_t)).log(),
-        )
-
     def step(
-        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, generator: Any = None,
+        self, model_output: Tensor, timestep: Timesteps, sample: Tensor, generator: Any = None,
         return_dict: bool = True, noise_scale: float = 1.0, variance_noise: Tensor | None = None,
     ) -> Any:  # fmt: skip
         """Draw x_prev from x_t: `x_prev = mean + noise_scale sqrt(variance) z`, without noise in the last step.
@@ -357,38 +331,21 @@ class MNISTDDPMScheduler(MNISTSchedulerBase):
             return_dict: whether the result is a `MNISTSchedulerOutput` or a tuple.
             noise_scale: usually 1. With 0 samples collapse towards the mean of the data: use `MNISTDDIMScheduler`.
             variance_noise: z itself, shape `(B, C, H, W)`, instead of a generator.
-
-        Returns:
-            x_prev and x0_hat, both of the shape and dtype of `sample`.
-
-        Raises:
-            ValueError: for a timestep that is out of range, a shape that does not fit, or no signal at t.
         """
-        c = self._step_coefficients(timestep, sample)
-        learned = self._option("variance_type") == "learned_range"
-        if learned:
+        c, variance_type = self._coefficients("step", timestep, sample), self._option("variance_type")
+        if variance_type == "learned_range":
             check_images("model_output", model_output, (len(sample), 2 * sample.shape[1], *sample.shape[2:]))
             model_output, v = model_output.chunk(2, dim=1)
         check_images("model_output", model_output, sample.shape)
-        x_t, output = upcast(sample), upcast(model_output)
-
-        x0_hat = self._predict_x0(output, x_t, c)
-        x_prev = c.x0_to_mean * x0_hat + c.xt_to_mean * x_t
+        x0_hat = self._predict_x0(model_output, sample, c)
+        x_prev = c.x0_to_mean * x0_hat + c.xt_to_mean * sample
         if noise_scale:
-            noise_std = c.large_std if self.simple_var else c.small_std
-            if learned:  # the log of the variance lies between the two (iDDPM, equation 15)
-                noise_std = noise_std * torch.exp((upcast(v) + 1) / 2 * c.log_variance_range / 2)
+            noise_std = c.large_std if variance_type == "fixed_large" else c.small_std
+            if variance_type == "learned_range":  # between the two, on a scale of logs (iDDPM, equation 15)
+                noise_std = noise_std * torch.exp((v.to(noise_std.dtype) + 1) / 2 * c.log_variance_range / 2)
             x_prev = x_prev + noise_scale * noise_std * draw_noise(sample, variance_noise, generator)
-        return as_output(x_prev, x0_hat, sample.dtype, return_dict)
-
-
-# DDIM ----------------------------------------------------------------------------------------------------------------
-
-DDIMRow = namedtuple(
-    "DDIMRow",
-    "sqrt_alpha_bar_t sqrt_one_minus_alpha_bar_t sqrt_alpha_bar_prev sqrt_one_minus_alpha_bar_prev "
-    "small_std large_std kept_share",
-)
+        results = x_prev.to(sample.dtype), x0_hat.to(sample.dtype)
+        return MNISTSchedulerOutput(*results) if return_dict else results
 
 
 class MNISTDDIMScheduler(MNISTSchedulerBase):
@@ -410,31 +367,16 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
     @register_to_config
     def __init__(
         self, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2,
-        beta_schedule: str = "linear", trained_betas: Sequence[float] | None = None,
-        variance_type: str | None = None, clip_sample: bool = True, set_alpha_to_one: bool = True,
-        prediction_type: str = "epsilon", thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0, sample_max_value: float = 1.0, timestep_spacing: str = "trailing",
-        steps_offset: int = 0, rescale_betas_zero_snr: bool = False, simple_var: bool | None = None,
+        beta_schedule: str = "linear", trained_betas: Sequence[float] | None = None, variance_type: str | None = None,
+        clip_sample: bool = True, set_alpha_to_one: bool = True, prediction_type: str = "epsilon",
+        thresholding: bool = False, dynamic_thresholding_ratio: float = 0.995, clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0, timestep_spacing: str = "trailing", steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False, simple_var: bool | None = None,
     ):  # fmt: skip
         self._set_up(simple_var, set_alpha_to_one)
 
-    def _step_row(self, alpha_bar_t: Tensor, alpha_bar_prev: Tensor, last: Tensor) -> DDIMRow:
-        """The coefficients of steps, each float64 `(T,)`."""
-        beta_t = 1 - alpha_bar_t / alpha_bar_prev
-        sigma = ((1 - alpha_bar_prev) / (1 - alpha_bar_t) * beta_t).sqrt()  # of eta = 1
-        kept_share = (1 - beta_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t)  # 1 - sigma^2 / (1 - alpha_bar_prev)
-        return DDIMRow(
-            sqrt_alpha_bar_t=alpha_bar_t.sqrt(),
-            sqrt_one_minus_alpha_bar_t=(1 - alpha_bar_t).sqrt(),
-            sqrt_alpha_bar_prev=alpha_bar_prev.sqrt(),
-            sqrt_one_minus_alpha_bar_prev=(1 - alpha_bar_prev).sqrt(),
-            small_std=sigma.masked_fill(last, 0),
-            large_std=beta_t.sqrt().masked_fill(last, 0),
-            kept_share=kept_share.masked_fill(last, 1),
-        )
-
     def step(
-        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, eta: float = 0.0,
+        self, model_output: Tensor, timestep: Timesteps, sample: Tensor, eta: float = 0.0,
         use_clipped_model_output: bool = False, generator: Any = None, variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:  # fmt: skip
@@ -444,33 +386,17 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
         `sigma^2 = eta^2 (1 - alpha_bar_prev) / (1 - alpha_bar_t) beta_t` (equation 16). With `simple_var` the noise is
         `eta sqrt(beta_t) z`, the paper's sigma-hat, and the rest as before.
 
-        Args:
-            model_output: what the model predicts for `sample`, shape `(B, C, H, W)`.
-            timestep: t, one for all or shape `(B,)`.
-            sample: x_t, shape `(B, C, H, W)`.
-            eta: from 0, no noise, to 1, the noise of DDPM.
-            use_clipped_model_output: whether eps_hat is computed again from the clipped x0_hat; with eta = 1 the step
-                is then DDPM's.
-            generator: draws z; one, or a list with one per image.
-            variance_noise: z itself, shape `(B, C, H, W)`, instead of a generator.
-            return_dict: whether the result is a `MNISTSchedulerOutput` or a tuple.
-
-        Returns:
-            x_prev and x0_hat, both of the shape and dtype of `sample`.
-
-        Raises:
-            ValueError: for a timestep or an eta out of range, a shape that does not fit, or no signal at t.
+        `eta` goes from 0, no noise, to 1, the noise of DDPM. With `use_clipped_model_output` eps_hat is computed again
+        from the clipped x0_hat; with eta = 1 the step is then DDPM's. All else is as in `MNISTDDPMScheduler.step`.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be from 0 (no noise) to 1 (the noise of DDPM), got {eta!r}.")
-        c = self._step_coefficients(timestep, sample)
+        c = self._coefficients("step", timestep, sample)
         check_images("model_output", model_output, sample.shape)
-        x_t, output = upcast(sample), upcast(model_output)
-
-        x0_hat = self._predict_x0(output, x_t, c)
-        eps_hat = self._predict_eps(output, x_t, c)
+        x0_hat = self._predict_x0(model_output, sample, c)
+        eps_hat = self._predict_eps(model_output, sample, c)
         if use_clipped_model_output:
-            eps_hat = (x_t - c.sqrt_alpha_bar_t * x0_hat) / c.sqrt_one_minus_alpha_bar_t
+            eps_hat = (sample - c.sqrt_alpha_bar_t * x0_hat) / c.sqrt_one_minus_alpha_bar_t
         direction = c.sqrt_one_minus_alpha_bar_prev
         if eta:  # sqrt(1 - alpha_bar_prev - sigma^2)
             direction = direction * (1 - eta**2 + eta**2 * c.kept_share) ** 0.5
@@ -478,7 +404,8 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
         if eta:
             noise_std = c.large_std if self.simple_var else c.small_std
             x_prev = x_prev + eta * noise_std * draw_noise(sample, variance_noise, generator)
-        return as_output(x_prev, x0_hat, sample.dtype, return_dict)
+        results = x_prev.to(sample.dtype), x0_hat.to(sample.dtype)
+        return MNISTSchedulerOutput(*results) if return_dict else results
 
     def _predict_eps(self, output: Tensor, x_t: Tensor, c: Any) -> Tensor:
         """eps_hat from what the model predicts."""
@@ -489,31 +416,25 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
                 return c.sqrt_one_minus_alpha_bar_t * x_t + c.sqrt_alpha_bar_t * output
         return output
 
-    def encode_step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor) -> Tensor:
-        """Go from x_prev to x_t (DDIM, section 4.3), as if eps_hat were the same at both.
+    def encode_step(self, model_output: Tensor, timestep: Timesteps, sample: Tensor) -> Tensor:
+        """Go from x_prev to x_t (DDIM, section 4.3): `step` with eta = 0 backwards, as if both had the same eps_hat.
 
         `x_t = sqrt(alpha_bar_t) x0_hat + sqrt(1 - alpha_bar_t) eps_hat` with
-        `x0_hat = (x_prev - sqrt(1 - alpha_bar_prev) eps_hat) / sqrt(alpha_bar_prev)`: `step` with eta = 0 backwards.
-        There is no clipping, as a step that clips can't be undone. Args are those of `step`, with x_prev as `sample`.
+        `x0_hat = (x_prev - sqrt(1 - alpha_bar_prev) eps_hat) / sqrt(alpha_bar_prev)`, without clipping, which can't be
+        undone. `sample` is x_prev, and `timestep` is t, where the step leads.
         """
-        c = self._step_coefficients(timestep, sample)
+        c = self._coefficients("step", timestep, sample)
         check_images("model_output", model_output, sample.shape)
-        x_prev = upcast(sample)
-        eps_hat = self._predict_eps(upcast(model_output), x_prev, c)
-        x0_hat = (x_prev - c.sqrt_one_minus_alpha_bar_prev * eps_hat) / c.sqrt_alpha_bar_prev
+        eps_hat = self._predict_eps(model_output, sample, c)
+        x0_hat = (sample - c.sqrt_one_minus_alpha_bar_prev * eps_hat) / c.sqrt_alpha_bar_prev
         x_t = c.sqrt_alpha_bar_t * x0_hat + c.sqrt_one_minus_alpha_bar_t * eps_hat
         return x_t.to(sample.dtype)
 
     @torch.no_grad()
     def encode(self, model: Callable[[Tensor, Tensor], Any], sample: Tensor) -> Tensor:
-        """The noise from which DDIM with eta = 0 makes these images, through the visited timesteps in reverse.
+        """The noise `(B, C, H, W)`, at the first of `timesteps`, from which DDIM with eta = 0 makes these images.
 
-        Args:
-            model: a U-Net, or any function of x and t that predicts what the config says.
-            sample: images in [-1, 1], shape `(B, C, H, W)`.
-
-        Returns:
-            x at the first of `timesteps`, shape `(B, C, H, W)`: the `latents` of a pipeline.
+        `model` is a U-Net, or any function of x and t that predicts what the config says.
         """
         for t in self.timesteps.flip(0):
             output = model(sample, t)
@@ -521,38 +442,11 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
         return sample
 
 
-OUR_SCHEDULERS = (MNISTDDPMScheduler, MNISTDDIMScheduler)
 # diffusers looks up the class that a config is from in its own namespace; where it finds none, a swap warns of keys
-for _scheduler in OUR_SCHEDULERS:
+for _scheduler in (MNISTDDPMScheduler, MNISTDDIMScheduler):
     setattr(diffusers, _scheduler.__name__, _scheduler)
 
-# Tables and noise ----------------------------------------------------------------------------------------------------
-
-
-class CoefficientTable:
-    """A row of coefficients for each timestep, in float64, and copied once to each device."""
-
-    def __init__(self, row: Any):
-        self.row_type = type(row)
-        self.copies = {(torch.device("cpu"), torch.float64): torch.stack(row, dim=1)}
-
-    def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The table `(T, k)` on a device."""
-        if (device, dtype) not in self.copies:
-            # a new dict, as another thread may be going through the old one to copy it
-            table = self.copies[torch.device("cpu"), torch.float64].to(device, dtype)
-            self.copies = {**self.copies, (device, dtype): table}
-        return self.copies[device, dtype]
-
-
-def betas_of(config: dict[str, Any]) -> Tensor:
-    """The betas `(T,)` that a config asks for."""
-    if config["trained_betas"] is not None:
-        betas = torch.tensor(config["trained_betas"], dtype=torch.float64, device="cpu")
-    else:
-        schedule = BETA_SCHEDULES[config["beta_schedule"]]
-        betas = schedule(config["num_train_timesteps"], config["beta_start"], config["beta_end"])
-    return rescale_zero_terminal_snr(betas) if config["rescale_betas_zero_snr"] else betas
+# Timesteps and noise -------------------------------------------------------------------------------------------------
 
 
 def spaced_timesteps(spacing: str, T: int, n: int, offset: int) -> Any:
@@ -575,30 +469,12 @@ def next_visited(timesteps: Tensor, t: Tensor) -> Tensor:
 
 def draw_noise(x: Tensor, noise: Tensor | None, generator: Any) -> Tensor:
     """The noise that was passed in, or normal noise in float32, so that a seed gives the same in every dtype."""
-    if noise is None:
-        if isinstance(generator, list) and len(generator) != len(x):
-            raise ValueError(f"generator must be one, or a list of one per image ({len(x)}), got {len(generator)}.")
-        return randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
-    if generator is not None:
-        raise ValueError("generator must be None where the noise is passed in, got both. Leave one of them out.")
-    check_images("noise", noise, x.shape)
-    return noise
-
-
-def upcast(x: Tensor) -> Tensor:
-    """The tensor in at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def as_output(x_prev: Tensor, x0_hat: Tensor, dtype: torch.dtype, return_dict: bool) -> Any:
-    """The results of a step, in the dtype of its sample."""
-    results = x_prev.to(dtype), x0_hat.to(dtype)
-    return MNISTSchedulerOutput(*results) if return_dict else results
-
-
-def on_host(x: Tensor) -> bool:
-    """Whether the values of a tensor may be looked at: not on a device, nor in a graph."""
-    return x.is_cpu and not torch.compiler.is_compiling()
+    if noise is not None:
+        check_images("noise", noise, x.shape)
+        return noise
+    if isinstance(generator, list) and len(generator) != len(x):
+        raise ValueError(f"generator must be one, or a list of one per image ({len(x)}), got {len(generator)}.")
+    return randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
 
 
 # Config swaps --------------------------------------------------------------------------------------------------------
@@ -616,7 +492,7 @@ class LiveConfig(FrozenDict):
     """A config whose attributes are its items: a write to either takes effect from the next call on."""
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Write both, unless tables were made from the value that is there."""
+        """Write both, unless the betas were made from the value that is there."""
         current = self.get(name, value)
         if name in BETA_KEYS and current is not value and current != value:
             raise ValueError(f"{name} must stay {current!r:.80}, got {value!r:.80}. Make another scheduler with it.")
@@ -624,23 +500,18 @@ class LiveConfig(FrozenDict):
         self.__dict__[name] = value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Write both."""
-        if name in self:
-            self[name] = value
-        else:
-            super().__setattr__(name, value)
+        """Write both; what is no item is an attribute alone."""
+        (self.__setitem__ if name in self else super().__setattr__)(name, value)
 
 
 def canonical(config: dict[str, Any]) -> dict[str, Any]:
     """The config in diffusers' own keys and values, so that each of its schedulers understands it."""
-    config = {key: value.item() if isinstance(value, np.generic) else value for key, value in config.items()}
+    config = {k: v.item() if isinstance(v, np.generic) else v for k, v in config.items() if k != "_use_default_values"}
     if config.get("beta_schedule") == "cosine":
         config["beta_schedule"] = "squaredcos_cap_v2"
     variance_type = {None: None, True: "fixed_large", False: "fixed_small"}[config.pop("simple_var", None)]
     if variance_type and config.get("variance_type") not in (None, variance_type):
-        raise ValueError(
-            f"simple_var must agree with variance_type, got {config['variance_type']!r}. Pass one of them."
-        )
+        raise ValueError(f"simple_var must fit variance_type, got {config['variance_type']!r}. Pass one of the two.")
     if variance_type or config.get("variance_type", "") is None:
         config["variance_type"] = variance_type or "fixed_small"
     if config.get("trained_betas") is not None:
@@ -651,21 +522,28 @@ def canonical(config: dict[str, Any]) -> dict[str, Any]:
 
 def with_defaults(cls: type[MNISTSchedulerBase], config: dict[str, Any]) -> dict[str, Any]:
     """The config with the defaults of the class that it is from, as far as `cls` has the keys."""
+    name = config.get("_class_name", cls.__name__)
+    source = cls if name == cls.__name__ else getattr(diffusers, str(name), None)
+    theirs = inspect.signature(source).parameters if isinstance(source, type) else {}
+    if "beta_schedule" not in {**theirs, **config}:
+        raise ValueError(f"_class_name must be of a scheduler with a beta_schedule, got {name!r}.")
+    shared = inspect.signature(cls).parameters.keys() & theirs.keys() - {"simple_var"}
+    return {key: theirs[key].default for key in shared} | config
 
-    def defaults(scheduler_class: Any) -> dict[str, Any]:
-        parameters = inspect.signature(scheduler_class).parameters.values()
-        return {p.name: p.default for p in parameters if p.default is not p.empty}
 
-    config = {key: value for key, value in config.items() if key != "_use_default_values"}
-    class_name = config.get("_class_name")
-    if class_name is None or class_name in [ours.__name__ for ours in OUR_SCHEDULERS]:
-        return config
-    source = getattr(diffusers, str(class_name), None)
-    found = defaults(source) if isinstance(source, type) else {}
-    if "beta_schedule" not in found | config:
-        raise ValueError(f"_class_name must be of a scheduler with a beta_schedule, got {class_name!r}.")
-    found = defaults(getattr(diffusers, cls.__name__.removeprefix("MNIST"))) | found
-    return {key: value for key, value in found.items() if key in defaults(cls)} | config
+def betas_of(config: dict[str, Any]) -> Tensor:
+    """The betas `(T,)` that a config asks for; refused are those that are no variances or leave no signal."""
+    if config["trained_betas"] is not None:
+        betas = torch.tensor(config["trained_betas"], dtype=torch.float64, device="cpu")
+    else:
+        schedule = BETA_SCHEDULES[config["beta_schedule"]]
+        betas = schedule(config["num_train_timesteps"], config["beta_start"], config["beta_end"])
+    betas = rescale_zero_terminal_snr(betas) if config["rescale_betas_zero_snr"] else betas
+    alphas = 1 - betas
+    if not (len(betas) and ((alphas >= 0) & (alphas < 1)).all() and alphas[:-1].prod()):
+        got = f"got {betas.tolist()!s:.80}. Change num_train_timesteps, beta_start and beta_end, or trained_betas."
+        raise ValueError(f"betas must lie in (0, 1] and leave some signal before the last timestep, {got}")
+    return betas
 
 
 # Checks --------------------------------------------------------------------------------------------------------------
@@ -676,46 +554,40 @@ NO_SIGNAL = (
 )
 
 
+def on_host(x: Tensor) -> bool:
+    """Whether the values of a tensor may be looked at: not on a device, nor in a graph."""
+    return x.is_cpu and not torch.compiler.is_compiling()
+
+
 def check_signal(alpha_bar: Tensor) -> None:
     """Refuse timesteps without signal, from which predicted noise does not lead to x_0."""
     if on_host(alpha_bar) and not alpha_bar.all():
         raise ValueError(NO_SIGNAL)
 
 
-def check_betas(alphas: Tensor, alphas_cumprod: Tensor) -> None:
-    """Refuse betas that are no variances, or that leave no signal before the last timestep."""
-    if not (len(alphas) and ((alphas >= 0) & (alphas < 1)).all() and alphas_cumprod[:-1].all()):
-        raise ValueError(
-            f"betas must lie in (0, 1] and leave signal before the last timestep, got {(1 - alphas).tolist()!s:.80}. "
-            "Change num_train_timesteps, beta_start and beta_end, trained_betas, or rescale_betas_zero_snr."
-        )
-
-
 def check_timesteps(timesteps: Tensor, T: int) -> None:
-    """Refuse a list of timesteps that is out of range or out of order."""
+    """Refuse a list of timesteps that is out of range or out of order; one on a device is not looked at."""
+    if not timesteps.is_cpu:
+        return
     in_order = timesteps.ndim == 1 and len(timesteps) > 0 and bool((timesteps.diff() < 0).all())
     if not in_order or timesteps.is_floating_point() or timesteps[0] >= T or timesteps[-1] < 0:
-        raise ValueError(
-            f"timesteps must be integers in descending order, from num_train_timesteps - 1 = {T - 1} to 0, got "
-            f"{timesteps.tolist()!s:.80}. With leading spacing, take fewer steps or a smaller steps_offset."
-        )
+        got = f"got {timesteps.tolist()!s:.80}. With leading spacing, take fewer steps or a smaller steps_offset."
+        raise ValueError(f"timesteps must be integers in descending order, from {T - 1} at most to 0, {got}")
 
 
 def as_timesteps(timestep: Any, sample: Tensor, T: int) -> Tensor:
     """Timesteps `(1,)` or `(B,)` on the device of the sample, refused if they can't be those of its images."""
     t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, device="cpu")
     valid = t.ndim <= 1 and t.numel() in (1, len(sample)) and not t.is_floating_point()
-    t = t.reshape(-1)
-    if not valid or (on_host(t) and not 0 <= min(values := t.tolist()) <= max(values) < T):
+    if not valid or (on_host(t) and not 0 <= int(t.min()) <= int(t.max()) < T):
         each = f"one for all or one for each of {len(sample)} images"
         raise ValueError(f"timestep must be an integer from 0 to {T - 1}, {each}, got {timestep!r}.")
     # without a wait for the device: what is copied from the host's memory has left it when this returns
-    return t.to(sample.device, torch.int64, non_blocking=t.is_cpu)
+    return t.reshape(-1).to(sample.device, torch.int64, non_blocking=t.is_cpu)
 
 
 def check_images(name: str, x: Tensor, shape: Sequence[int]) -> None:
     """Refuse images of integers, and a shape that would broadcast."""
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, got {x.dtype}. Scale images to [-1, 1] first.")
-    if x.shape != torch.Size(shape):
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}.")
+    if not x.is_floating_point() or x.shape != torch.Size(shape):
+        got = f"got {x.dtype} of shape {tuple(x.shape)}. Scale images to [-1, 1]."
+        raise ValueError(f"{name} must be a floating point tensor of shape {tuple(shape)}, {got}")
