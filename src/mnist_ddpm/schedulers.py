@@ -14,7 +14,6 @@ for other things:
 Timesteps count from 0 to T - 1, as in diffusers; the papers count from 1 to T. `prev` is the entry of `timesteps` that
 is visited next. Where sampling skips timesteps, `alpha_t = alpha_bar_t / alpha_bar_prev` and `beta_t = 1 - alpha_t`
 are those of the whole way from t to prev. The last step leads to the image itself, where `alpha_bar_prev = 1`.
-
 Coefficients are tabulated in float64. A step reads a row, computes in at least float32 and casts the result alone.
 """
 
@@ -54,8 +53,7 @@ def cosine_betas(num_train_timesteps: int, s: float = 0.008, max_beta: float = 0
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     """Betas changed so that the last timestep is pure noise (arXiv 2305.08891, algorithm 1)."""
     root = torch.cumprod(1 - betas, dim=0).sqrt()
-    # shifted to 0 at T - 1, then scaled to keep its value at 0
-    alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2  # from root[0] as before to 0
     return 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
 
 
@@ -100,10 +98,7 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
         return x_t.to(x_prev.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Timesteps) -> Tensor:
-        """What a "v_prediction" model predicts: `v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0`.
-
-        Args and result are those of `add_noise` (progressive distillation, arXiv 2202.00512, appendix D).
-        """
+        """The target of "v_prediction": `v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0` (arXiv 2202.00512)."""
         c, eps = self._coefficients("forward", timesteps, sample), draw_noise(sample, noise, None)
         v = c.sqrt_alpha_bar_t * eps - c.sqrt_one_minus_alpha_bar_t * sample
         return v.to(sample.dtype)
@@ -123,9 +118,8 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
             quantile = torch.quantile(x0_hat.abs().flatten(1), self.config["dynamic_thresholding_ratio"], dim=1)
             limit = quantile.clamp(1, self.config["sample_max_value"]).view(-1, *[1] * (x0_hat.ndim - 1))
             return x0_hat.clamp(-limit, limit) / limit
-        if self.config["clip_sample"]:
-            return x0_hat.clamp(-self.config["clip_sample_range"], self.config["clip_sample_range"])
-        return x0_hat
+        limit = self.config["clip_sample_range"]
+        return x0_hat.clamp(-limit, limit) if self.config["clip_sample"] else x0_hat
 
     def sample_backward(self, x_t: Tensor, t: Timesteps, model_output: Tensor, **options: Any) -> Any:
         """Draw x_prev from x_t: `step` in the words of `sample_forward`, with the options of `step`."""
@@ -192,13 +186,13 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
 
     def _coefficients(self, name: str, timestep: Timesteps, sample: Tensor) -> Any:
         """The row of a timestep, as tensors `(1, 1, 1, 1)` or `(B, 1, 1, 1)` in at least float32."""
-        if on_host(self._timesteps) and not self._timesteps.equal(self._visited):
+        if self._timesteps.is_cpu and not torch.compiler.is_compiling() and not self._timesteps.equal(self._visited):
             self.timesteps = self._timesteps  # it was written to in place
         check_images("sample", sample, sample.shape)
-        t = as_timesteps(timestep, sample, len(self))
-        table = self._table(name, sample.device, torch.promote_types(sample.dtype, torch.float32))
-        columns = table.index_select(0, t).view(len(t), *[1] * (sample.ndim - 1), -1).unbind(-1)
-        return type(self._rows[name])(*columns)
+        t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, device="cpu")
+        table = self._table(name, t.device, torch.promote_types(sample.dtype, torch.float32))
+        rows = rows_at(t, table, len(sample)).to(sample.device, non_blocking=t.is_cpu)  # without a wait
+        return type(self._rows[name])(*rows.view(len(rows), *[1] * (sample.ndim - 1), -1).unbind(-1))
 
     order = 1
     num_inference_steps: int | None = None
@@ -278,10 +272,9 @@ class MNISTDDPMScheduler(MNISTSchedulerBase):
     Every argument has diffusers' name and meaning, so that configs can be swapped; pass them by keyword.
 
     Args:
-        num_train_timesteps: T, the number of timesteps of training.
+        num_train_timesteps: T, the number of timesteps of training; or that of `trained_betas`, the betas themselves.
         beta_start: the first beta; like `beta_end`, the last one, without effect on `"cosine"`.
         beta_schedule: `"linear"`, `"scaled_linear"`, `"cosine"` (in diffusers `"squaredcos_cap_v2"`) or `"sigmoid"`.
-        trained_betas: the betas themselves; their number is T.
         variance_type: variance of the backward noise: `"fixed_small"`, the posterior's (the default); `"fixed_large"`,
             beta_t; or `"learned_range"`, between the two, as a model with 2C channels predicts (iDDPM, equation 15).
         clip_sample: whether x0_hat is clipped to `[-clip_sample_range, clip_sample_range]`.
@@ -357,11 +350,6 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
             `"fixed_large"`: the paper's sigma-hat, more noise than the rest of the step makes room for.
 
     All other arguments are those of `MNISTDDPMScheduler`.
-
-    >>> scheduler = MNISTDDIMScheduler.from_config(MNISTDDPMScheduler().config)
-    >>> scheduler.set_timesteps(timesteps=[999, 600, 200])
-    >>> scheduler.previous_timestep(600), scheduler.previous_timestep(200)
-    (200, -1)
     """
 
     @register_to_config
@@ -446,8 +434,6 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
 for _scheduler in (MNISTDDPMScheduler, MNISTDDIMScheduler):
     setattr(diffusers, _scheduler.__name__, _scheduler)
 
-# Timesteps and noise -------------------------------------------------------------------------------------------------
-
 
 def spaced_timesteps(spacing: str, T: int, n: int, offset: int) -> Any:
     """The n timesteps of a `timestep_spacing`, in descending order."""
@@ -484,8 +470,6 @@ CHOICES = {
     "prediction_type": ("epsilon", "sample", "v_prediction"),
     "timestep_spacing": ("trailing", "leading", "linspace"),
 }
-BETA_KEYS = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"}
-BETA_KEYS |= {"rescale_betas_zero_snr", "set_alpha_to_one"}
 
 
 class LiveConfig(FrozenDict):
@@ -494,7 +478,8 @@ class LiveConfig(FrozenDict):
     def __setitem__(self, name: str, value: Any) -> None:
         """Write both, unless the betas were made from the value that is there."""
         current = self.get(name, value)
-        if name in BETA_KEYS and current is not value and current != value:
+        of_betas = "beta" in name or name in ("num_train_timesteps", "set_alpha_to_one")
+        if of_betas and current is not value and current != value:
             raise ValueError(f"{name} must stay {current!r:.80}, got {value!r:.80}. Make another scheduler with it.")
         super().__setitem__(name, value)
         self.__dict__[name] = value
@@ -541,8 +526,7 @@ def betas_of(config: dict[str, Any]) -> Tensor:
     betas = rescale_zero_terminal_snr(betas) if config["rescale_betas_zero_snr"] else betas
     alphas = 1 - betas
     if not (len(betas) and ((alphas >= 0) & (alphas < 1)).all() and alphas[:-1].prod()):
-        got = f"got {betas.tolist()!s:.80}. Change num_train_timesteps, beta_start and beta_end, or trained_betas."
-        raise ValueError(f"betas must lie in (0, 1] and leave some signal before the last timestep, {got}")
+        raise ValueError(f"betas must lie in (0, 1] and leave some signal at T - 2, got {betas.tolist()!s:.80}.")
     return betas
 
 
@@ -554,14 +538,9 @@ NO_SIGNAL = (
 )
 
 
-def on_host(x: Tensor) -> bool:
-    """Whether the values of a tensor may be looked at: not on a device, nor in a graph."""
-    return x.is_cpu and not torch.compiler.is_compiling()
-
-
 def check_signal(alpha_bar: Tensor) -> None:
     """Refuse timesteps without signal, from which predicted noise does not lead to x_0."""
-    if on_host(alpha_bar) and not alpha_bar.all():
+    if alpha_bar.is_cpu and not torch.compiler.is_compiling() and not alpha_bar.all():
         raise ValueError(NO_SIGNAL)
 
 
@@ -575,19 +554,18 @@ def check_timesteps(timesteps: Tensor, T: int) -> None:
         raise ValueError(f"timesteps must be integers in descending order, from {T - 1} at most to 0, {got}")
 
 
-def as_timesteps(timestep: Any, sample: Tensor, T: int) -> Tensor:
-    """Timesteps `(1,)` or `(B,)` on the device of the sample, refused if they can't be those of its images."""
-    t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, device="cpu")
-    valid = t.ndim <= 1 and t.numel() in (1, len(sample)) and not t.is_floating_point()
-    if not valid or (on_host(t) and not 0 <= int(t.min()) <= int(t.max()) < T):
-        each = f"one for all or one for each of {len(sample)} images"
-        raise ValueError(f"timestep must be an integer from 0 to {T - 1}, {each}, got {timestep!r}.")
-    # without a wait for the device: what is copied from the host's memory has left it when this returns
-    return t.reshape(-1).to(sample.device, torch.int64, non_blocking=t.is_cpu)
+def rows_at(t: Tensor, table: Tensor, batch_size: int) -> Tensor:
+    """The rows `(1, k)` or `(B, k)` of timesteps, which are refused if they can't be those of B images."""
+    try:
+        if t.ndim <= 1 and t.numel() in (1, batch_size) and not t.is_floating_point():
+            return table.index_select(0, t.reshape(-1).long())
+    except IndexError:  # out of range; on a device nobody looks
+        pass
+    raise ValueError(f"timestep must be 1 or {batch_size} integers from 0 to {len(table) - 1}, got {t.tolist()}.")
 
 
 def check_images(name: str, x: Tensor, shape: Sequence[int]) -> None:
     """Refuse images of integers, and a shape that would broadcast."""
     if not x.is_floating_point() or x.shape != torch.Size(shape):
-        got = f"got {x.dtype} of shape {tuple(x.shape)}. Scale images to [-1, 1]."
-        raise ValueError(f"{name} must be a floating point tensor of shape {tuple(shape)}, {got}")
+        got = f"{x.dtype} of shape {tuple(x.shape)}"
+        raise ValueError(f"{name} must be a floating point tensor of shape {tuple(shape)}, got {got}.")
