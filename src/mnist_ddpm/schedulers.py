@@ -1,7 +1,6 @@
 """DDPM and DDIM: how an image becomes noise, and how noise becomes an image again.
 
-The symbols are those of DDPM (Ho et al., arXiv 2006.11239). DDIM (Song et al., arXiv 2010.02502) uses the same letters
-for other things:
+The symbols are DDPM's (arXiv 2006.11239). DDIM (arXiv 2010.02502) uses the same letters for other things:
 
     here             DDPM             DDIM                     diffusers
     beta_t           beta_t           1 - alpha_t/alpha_{t-1}  betas[t]
@@ -167,8 +166,8 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
         """Set the timesteps, and tabulate the steps between them."""
         timesteps = torch.as_tensor(timesteps, device=getattr(timesteps, "device", "cpu"))
         check_timesteps(timesteps, len(self))
-        self._timesteps = timesteps.to(device or timesteps.device, torch.int64)
-        self._visited = self._timesteps.to("cpu", copy=True)
+        self._timesteps = timesteps.to(timesteps.device if device is None else device, torch.int64)
+        self._visited = timesteps.to("cpu", torch.int64, copy=True)
         prev = next_visited(self._visited, torch.arange(len(self), device="cpu"))
         alpha_bar, beta = self.alphas_cumprod.cpu(), self.betas.cpu()
         alpha_bar_prev = alpha_bar[prev].where(prev >= 0, self.final_alpha_cumprod.cpu())
@@ -191,7 +190,7 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
         check_images("sample", sample, sample.shape)
         t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, device="cpu")
         table = self._table(name, t.device, torch.promote_types(sample.dtype, torch.float32))
-        rows = rows_at(t, table, len(sample)).to(sample.device, non_blocking=t.is_cpu)  # without a wait
+        rows = rows_at(t, table, len(sample)).to(sample.device, non_blocking=sample.is_cuda)
         return type(self._rows[name])(*rows.view(len(rows), *[1] * (sample.ndim - 1), -1).unbind(-1))
 
     order = 1
@@ -325,13 +324,13 @@ class MNISTDDPMScheduler(MNISTSchedulerBase):
             noise_scale: usually 1. With 0 samples collapse towards the mean of the data: use `MNISTDDIMScheduler`.
             variance_noise: z itself, shape `(B, C, H, W)`, instead of a generator.
         """
-        c, variance_type = self._coefficients("step", timestep, sample), self._option("variance_type")
+        c, x_t, variance_type = self._coefficients("step", timestep, sample), sample, self._option("variance_type")
         if variance_type == "learned_range":
             check_images("model_output", model_output, (len(sample), 2 * sample.shape[1], *sample.shape[2:]))
             model_output, v = model_output.chunk(2, dim=1)
         check_images("model_output", model_output, sample.shape)
-        x0_hat = self._predict_x0(model_output, sample, c)
-        x_prev = c.x0_to_mean * x0_hat + c.xt_to_mean * sample
+        x0_hat = self._predict_x0(model_output, x_t, c)
+        x_prev = c.x0_to_mean * x0_hat + c.xt_to_mean * x_t
         if noise_scale:
             noise_std = c.large_std if variance_type == "fixed_large" else c.small_std
             if variance_type == "learned_range":  # between the two, on a scale of logs (iDDPM, equation 15)
@@ -379,12 +378,12 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be from 0 (no noise) to 1 (the noise of DDPM), got {eta!r}.")
-        c = self._coefficients("step", timestep, sample)
+        c, x_t = self._coefficients("step", timestep, sample), sample
         check_images("model_output", model_output, sample.shape)
-        x0_hat = self._predict_x0(model_output, sample, c)
-        eps_hat = self._predict_eps(model_output, sample, c)
+        x0_hat = self._predict_x0(model_output, x_t, c)
+        eps_hat = self._predict_eps(model_output, x_t, c)
         if use_clipped_model_output:
-            eps_hat = (sample - c.sqrt_alpha_bar_t * x0_hat) / c.sqrt_one_minus_alpha_bar_t
+            eps_hat = (x_t - c.sqrt_alpha_bar_t * x0_hat) / c.sqrt_one_minus_alpha_bar_t
         direction = c.sqrt_one_minus_alpha_bar_prev
         if eta:  # sqrt(1 - alpha_bar_prev - sigma^2)
             direction = direction * (1 - eta**2 + eta**2 * c.kept_share) ** 0.5
@@ -407,23 +406,19 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
     def encode_step(self, model_output: Tensor, timestep: Timesteps, sample: Tensor) -> Tensor:
         """Go from x_prev to x_t (DDIM, section 4.3): `step` with eta = 0 backwards, as if both had the same eps_hat.
 
-        `x_t = sqrt(alpha_bar_t) x0_hat + sqrt(1 - alpha_bar_t) eps_hat` with
-        `x0_hat = (x_prev - sqrt(1 - alpha_bar_prev) eps_hat) / sqrt(alpha_bar_prev)`, without clipping, which can't be
-        undone. `sample` is x_prev, and `timestep` is t, where the step leads.
+        `x_t = sqrt(alpha_bar_t) x0_hat + sqrt(1 - alpha_bar_t) eps_hat` with `x0_hat = (x_prev - sqrt(1 -
+        alpha_bar_prev) eps_hat) / sqrt(alpha_bar_prev)`, not clipped. `timestep` is t, where the step leads.
         """
-        c = self._coefficients("step", timestep, sample)
+        c, x_prev = self._coefficients("step", timestep, sample), sample
         check_images("model_output", model_output, sample.shape)
-        eps_hat = self._predict_eps(model_output, sample, c)
-        x0_hat = (sample - c.sqrt_one_minus_alpha_bar_prev * eps_hat) / c.sqrt_alpha_bar_prev
+        eps_hat = self._predict_eps(model_output, x_prev, c)
+        x0_hat = (x_prev - c.sqrt_one_minus_alpha_bar_prev * eps_hat) / c.sqrt_alpha_bar_prev
         x_t = c.sqrt_alpha_bar_t * x0_hat + c.sqrt_one_minus_alpha_bar_t * eps_hat
         return x_t.to(sample.dtype)
 
     @torch.no_grad()
     def encode(self, model: Callable[[Tensor, Tensor], Any], sample: Tensor) -> Tensor:
-        """The noise `(B, C, H, W)`, at the first of `timesteps`, from which DDIM with eta = 0 makes these images.
-
-        `model` is a U-Net, or any function of x and t that predicts what the config says.
-        """
+        """The noise, at the first of `timesteps`, that DDIM with eta = 0 turns into these images by this model."""
         for t in self.timesteps.flip(0):
             output = model(sample, t)
             sample = self.encode_step(getattr(output, "sample", output), t, sample)
@@ -431,8 +426,7 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
 
 
 # diffusers looks up the class that a config is from in its own namespace; where it finds none, a swap warns of keys
-for _scheduler in (MNISTDDPMScheduler, MNISTDDIMScheduler):
-    setattr(diffusers, _scheduler.__name__, _scheduler)
+diffusers.MNISTDDPMScheduler, diffusers.MNISTDDIMScheduler = MNISTDDPMScheduler, MNISTDDIMScheduler
 
 
 def spaced_timesteps(spacing: str, T: int, n: int, offset: int) -> Any:
@@ -477,10 +471,9 @@ class LiveConfig(FrozenDict):
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Write both, unless the betas were made from the value that is there."""
-        current = self.get(name, value)
         of_betas = "beta" in name or name in ("num_train_timesteps", "set_alpha_to_one")
-        if of_betas and current is not value and current != value:
-            raise ValueError(f"{name} must stay {current!r:.80}, got {value!r:.80}. Make another scheduler with it.")
+        if of_betas and not np.array_equal(self.get(name, value), value):
+            raise ValueError(f"{name} must stay {self[name]!r:.80}, got {value!r:.80}. Make another scheduler.")
         super().__setitem__(name, value)
         self.__dict__[name] = value
 
@@ -524,18 +517,14 @@ def betas_of(config: dict[str, Any]) -> Tensor:
         schedule = BETA_SCHEDULES[config["beta_schedule"]]
         betas = schedule(config["num_train_timesteps"], config["beta_start"], config["beta_end"])
     betas = rescale_zero_terminal_snr(betas) if config["rescale_betas_zero_snr"] else betas
-    alphas = 1 - betas
-    if not (len(betas) and ((alphas >= 0) & (alphas < 1)).all() and alphas[:-1].prod()):
+    if not (len(betas) and (1 - betas < 1).all() and (betas <= 1).all() and (1 - betas[:-1]).prod()):
         raise ValueError(f"betas must lie in (0, 1] and leave some signal at T - 2, got {betas.tolist()!s:.80}.")
     return betas
 
 
 # Checks --------------------------------------------------------------------------------------------------------------
 
-NO_SIGNAL = (
-    'prediction_type must be "v_prediction" or "sample" at a timestep whose alphas_cumprod is 0 '
-    "(rescale_betas_zero_snr), where x_0 can't be told from predicted noise. Or leave that timestep out."
-)
+NO_SIGNAL = "prediction_type must not be 'epsilon' where alphas_cumprod is 0: x_0 can't be told from predicted noise."
 
 
 def check_signal(alpha_bar: Tensor) -> None:
@@ -546,10 +535,8 @@ def check_signal(alpha_bar: Tensor) -> None:
 
 def check_timesteps(timesteps: Tensor, T: int) -> None:
     """Refuse a list of timesteps that is out of range or out of order; one on a device is not looked at."""
-    if not timesteps.is_cpu:
-        return
-    in_order = timesteps.ndim == 1 and len(timesteps) > 0 and bool((timesteps.diff() < 0).all())
-    if not in_order or timesteps.is_floating_point() or timesteps[0] >= T or timesteps[-1] < 0:
+    is_list = timesteps.ndim == 1 and len(timesteps) > 0 and not timesteps.is_floating_point()
+    if timesteps.is_cpu and not (is_list and timesteps[0] < T and timesteps[-1] >= 0 and (timesteps.diff() < 0).all()):
         got = f"got {timesteps.tolist()!s:.80}. With leading spacing, take fewer steps or a smaller steps_offset."
         raise ValueError(f"timesteps must be integers in descending order, from {T - 1} at most to 0, {got}")
 
@@ -567,5 +554,4 @@ def rows_at(t: Tensor, table: Tensor, batch_size: int) -> Tensor:
 def check_images(name: str, x: Tensor, shape: Sequence[int]) -> None:
     """Refuse images of integers, and a shape that would broadcast."""
     if not x.is_floating_point() or x.shape != torch.Size(shape):
-        got = f"{x.dtype} of shape {tuple(x.shape)}"
-        raise ValueError(f"{name} must be a floating point tensor of shape {tuple(shape)}, got {got}.")
+        raise ValueError(f"{name} must be floating point of shape {tuple(shape)}, got {x.dtype} of {tuple(x.shape)}.")
