@@ -472,8 +472,9 @@ class LiveConfig(FrozenDict):
     def __setitem__(self, name: str, value: Any) -> None:
         """Write both, unless the betas were made from the value that is there."""
         of_betas = "beta" in name or name in ("num_train_timesteps", "set_alpha_to_one")
-        if of_betas and not np.array_equal(self.get(name, value), value):
-            raise ValueError(f"{name} must stay {self[name]!r:.80}, got {value!r:.80}. Make another scheduler.")
+        current = self.get(name, value)
+        if of_betas and current is not value and not np.array_equal(current, value):
+            raise ValueError(f"{name} must stay {current!r:.80}, got {value!r:.80}. Make another scheduler.")
         super().__setitem__(name, value)
         self.__dict__[name] = value
 
