@@ -202,9 +202,8 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
 
     def _set_up(self, simple_var: bool | None, set_alpha_to_one: bool = True) -> None:
         """Put the config in canonical form, then make the tables."""
-        # a key that is listed as a default would give way to the target's default in a swap
-        config = canonical({**self.config, "simple_var": simple_var}) | {"_use_default_values": []}
-        self._internal_dict = config | {"_class_name": type(self).__name__}
+        config = canonical({**self.config, "simple_var": simple_var, "_class_name": type(self).__name__})
+        self._internal_dict = config
         for name in (*CHOICES, "variance_type"):
             self._option(name)
         self.betas = betas_of(config)
@@ -485,7 +484,9 @@ class LiveConfig(FrozenDict):
 
 def canonical(config: dict[str, Any]) -> dict[str, Any]:
     """The config in diffusers' own keys and values, so that each of its schedulers understands it."""
-    config = {k: v.item() if isinstance(v, np.generic) else v for k, v in config.items() if k != "_use_default_values"}
+    config = {key: value.item() if isinstance(value, np.generic) else value for key, value in config.items()}
+    if "_use_default_values" in config:  # a key that is listed there would give way to the target's default in a swap
+        config["_use_default_values"] = []
     if config.get("beta_schedule") == "cosine":
         config["beta_schedule"] = "squaredcos_cap_v2"
     variance_type = {None: None, True: "fixed_large", False: "fixed_small"}[config.pop("simple_var", None)]
