@@ -25,6 +25,7 @@ from huggingface_hub import (
     create_repo,
     file_exists,
     get_token,
+    snapshot_download,
     upload_folder,
 )
 
@@ -160,6 +161,20 @@ def publish(
         message = commit_message or "Upload MNISTDDPMPipeline"
         commit = create_commit(repo_id, operations, commit_message=message, token=token, create_pr=create_pr)
     return commit.commit_url
+
+
+def download(pipeline_class: Any, repo_id: str, **kwargs: Any) -> str:
+    """Fetch the configs and weights of a pipeline, or find them in the cache; no code is fetched."""
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+    options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    components = [name for name in pipeline_class._get_signature_keys(pipeline_class)[0] if name not in kwargs]
+    allowed = [INDEX_FILE, *(f"{name}/*.{kind}" for name in components for kind in ("json", "safetensors"))]
+    try:
+        return str(snapshot_download(repo_id, allow_patterns=allowed, **options))
+    except Exception as error:  # whatever the network, the server and the client can do
+        reason = error if isinstance(error, OSError) else type(error).__name__  # others may quote the token
+        remedy = "check the name, the token and the network"
+        raise OSError(f"cannot load {repo_id!r} from the Hub: {remedy} ({reason})") from None
 
 
 def finish_folder(
