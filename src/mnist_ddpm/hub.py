@@ -81,6 +81,16 @@ unet = MNISTUNet2DModel.from_pretrained("namespace/name", subfolder="unet")
 scheduler = MNISTDDPMScheduler.from_pretrained("namespace/name", subfolder="scheduler")
 ```
 """
+CLASSES = """## Classes
+
+{names}. A call takes one for all images, or a list with one for each:
+
+```python
+from mnist_ddpm import MNISTDDPMPipeline
+
+pipe = MNISTDDPMPipeline.from_pretrained("namespace/name")
+images = pipe(batch_size=4, class_labels={name}, guidance_scale=2.0, num_inference_steps=50).images
+```"""
 EVALUATION = """## Evaluation
 
 FID, KID, precision and recall are measured on features of an MNIST classifier, so they don't compare with those of
@@ -240,6 +250,7 @@ def write_card(
     dataset: str | None = None,
     command: Sequence[str] = (),
     parameters: Mapping[str, Any] | None = None,
+    classes: Sequence[str] = (),
 ) -> None:
     """Write the model card of a saved pipeline: how to load it, and how it was trained.
 
@@ -250,10 +261,13 @@ def write_card(
         dataset: The Hub id of the data set.
         command: The training command, word by word.
         parameters: The parameters of the training, by name.
+        classes: The names of the classes.
     """
     card = ModelCard(CARD)
     data: Any = card.data
     sections = []
+    if classes:
+        sections.append(CLASSES.format(names=", ".join(classes), name=json.dumps(classes[0], ensure_ascii=False)))
     if command:
         sections.append(f"## Training\n\n```bash\n{shlex.join(_public_words(command))}\n```")
     if parameters:
