@@ -1,6 +1,10 @@
 """Labels and guidance: what a guided step gives in closed form, which images get which label, and what is saved."""
 
+import importlib
 import json
+import re
+import shlex
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -283,3 +287,32 @@ def test_a_guide_moves_with_the_pipeline():
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     assert pipe.guide.dtype is torch.bfloat16
     assert guided_images(pipe).dtype is torch.float32
+
+
+# The guide in docs/labels.md
+
+
+def blocks(language):
+    guide = Path(__file__).resolve().parent.parent / "docs" / "labels.md"
+    return re.findall(rf"^```{language}\n(.*?)^```$", guide.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def test_the_code_of_the_guide_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    unet = tiny_unet(num_class_embeds=10)
+    for name in ("conditional", "weaker"):
+        pipeline(unet, id2label={n: str(n) for n in range(10)}).save_pretrained(name)
+    names = {}
+    for code in blocks("python"):
+        exec(code, names)
+    assert (len(names["sevens"]), len(names["each"])) == (4, 10)
+    assert names["pipe"].guide is not None
+    assert names["plain"].guide is None
+
+
+def test_the_commands_of_the_guide_have_flags_that_exist():
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    for line in lines:
+        _, script, *argv = shlex.split(line)
+        importlib.import_module(Path(script).stem).parse_args(argv)
+    assert len(lines) == 4
