@@ -214,8 +214,7 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         x0_hat = getattr(output, "pred_original_sample", None)
         tensors = {"latents": output.prev_sample} | ({} if x0_hat is None else {"pred_original_sample": x0_hat})
         if not set(names) <= set(tensors):
-            allowed = f"{list(tensors)} with {type(self.scheduler).__name__}"
-            raise ValueError(f"callback_on_step_end_tensor_inputs must be of {allowed}, got {list(names)}.")
+            raise ValueError(f"callback_on_step_end_tensor_inputs must be of {list(tensors)}, got {list(names)}.")
         return {name: tensors[name] for name in names}
 
     def _check_finite(self, finite: torch.Tensor) -> None:
@@ -282,6 +281,7 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         """
         if not safe_serialization:
             raise ValueError("safe_serialization must be True, got False. Pickled weights may run code.")
+        self.register_modules(guide=self.guide)  # diffusers misses one that is set where there was none
         folder, hub = str(save_directory), _hub()
         if hub is None:
             return super().save_pretrained(folder, **kwargs)
