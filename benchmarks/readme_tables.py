@@ -74,7 +74,7 @@ def classifier(results: dict[str, Result]) -> str:
     """The classifier's accuracy, by `examples/train_classifier.py`."""
     (result,) = results.values()
     return (
-        f"The classifier is right on {result['test_accuracy']:.2%} of the {result['num_test_images']:,} test images.\n\n"
+        f"The classifier reads {result['test_accuracy']:.2%} of the {result['num_test_images']:,} test images right.\n\n"
         f"{origins(results)}"
     )
 
