@@ -73,10 +73,8 @@ def schedulers(results: dict[str, Result]) -> str:
 def classifier(results: dict[str, Result]) -> str:
     """The classifier's accuracy, by `examples/train_classifier.py`."""
     (result,) = results.values()
-    return (
-        f"The classifier reads {result['test_accuracy']:.2%} of the {result['num_test_images']:,} test images right.\n\n"
-        f"{origins(results)}"
-    )
+    accuracy, count = result["test_accuracy"], result["num_test_images"]
+    return f"The classifier is right on {accuracy:.2%} of the {count:,} test images.\n\n{origins(results)}"
 
 
 def training(results: dict[str, Result]) -> str:
