@@ -1,5 +1,6 @@
 """Trainings to be compared: each makes one optimizer step at a time, and can be sampled from at any moment."""
 
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,10 +9,12 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
-from train import parse_args
 
 from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline
 from mnist_ddpm.training.trainer import Trainer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from train import parse_args
 
 # the U-Net that the Hugging Face diffusion course sets up for MNIST
 PEER_UNET = {

@@ -1,4 +1,4 @@
-"""Sample one model through each scheduler of `examples/sample.py`, and let a classifier read the digits."""
+"""Sample one model through each scheduler that `examples/sample.py` takes, and let a classifier read the digits."""
 
 import argparse
 import json
@@ -7,13 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mnist_ddpm.cli import provenance
+from mnist_ddpm.sampling import SCHEDULERS, load_pipeline, sample_tensor
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from evaluate import provenance  # noqa: E402
-from sample import SCHEDULERS, load_pipeline, sample  # noqa: E402
-from train import non_negative_int, positive_int  # noqa: E402
-
 ROW = 16  # images of each scheduler in the picture
 
 
@@ -22,10 +19,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", help="Folder of a saved pipeline, or its Hub id; without it, the package's own.")
-    parser.add_argument("--num_images", type=positive_int, default=200, help="Of each scheduler.")
-    parser.add_argument("--num_inference_steps", type=positive_int, default=50)
-    parser.add_argument("--batch_size", type=positive_int, default=100)
-    parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--num_images", type=int, default=200, help="Of each scheduler.")
+    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--batch_size", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "every_scheduler.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "assets" / "schedulers.png")
     args = parser.parse_args(argv)
@@ -35,7 +32,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Sample, classify, and write the figures and a picture with one row for each scheduler."""
-    import torch
     from diffusers.utils import pt_to_pil
 
     from mnist_ddpm.images import image_grid
@@ -45,14 +41,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     rows, scores = [], {}
     for name, class_name in SCHEDULERS.items():
         pipe = load_pipeline(args.model, name)
-        options = {"num_inference_steps": args.num_inference_steps, "output_type": "pt"}
         start = time.perf_counter()
-        batches = sample(pipe, range(args.num_images), args.seed, args.batch_size, **options)
-        images = torch.cat([images.cpu() for _, images in batches])
+        steps = args.num_inference_steps
+        images = sample_tensor(pipe, args.num_images, args.seed, args.batch_size, num_inference_steps=steps)
         seconds = time.perf_counter() - start
-        features = extract_features(classifier, (images * 255).round().to(torch.uint8))
+        features = extract_features(classifier, images)
         scores[name] = {"class": class_name, **class_scores(classifier.logits(features)), "seconds": seconds}
-        rows += pt_to_pil(images[:ROW] * 2 - 1)
+        rows += pt_to_pil(images[:ROW] / 127.5 - 1)
         print(f"{name:22} share with confidence >= 0.9: {scores[name]['confident_share']:.3f}  {seconds:.0f} s")
 
     result = {

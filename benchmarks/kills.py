@@ -21,15 +21,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from faults import Injector, watch
+
+from mnist_ddpm.cli import provenance
+from mnist_ddpm.training.checkpoints import list_checkpoints
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from evaluate import provenance  # noqa: E402
-from faults import Injector, watch  # noqa: E402
-from train import non_negative_int, positive_int  # noqa: E402
-
-from mnist_ddpm.training.checkpoints import list_checkpoints  # noqa: E402
-
 TRAIN = ROOT / "examples" / "train.py"
 UNET = {"sample_size": 28, "in_channels": 1, "out_channels": 1, "block_out_channels": (4, 8), "attention_head_dim": 4}
 UNET |= {"layers_per_block": 1, "norm_num_groups": 2, "dropout": 0.1, "_class_name": "MNISTUNet2DModel"}
@@ -84,8 +81,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--count", type=positive_int, help="Runs of each kind at most; without it, all of them.")
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="Of the choice of moments.")
+    parser.add_argument("--count", type=int, help="Runs of each kind at most; without it, all of them.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the choice of moments.")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "kills.json")
     args = parser.parse_args(argv)
     args.command = ["python", "benchmarks/kills.py", *argv]

@@ -12,19 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contenders import TrainScript
+from quality import earlier_figures
+
+from mnist_ddpm.cli import provenance
+from mnist_ddpm.data import MNIST, decode_images, load_split
+from mnist_ddpm.likelihood import bits_per_dim
+from mnist_ddpm.metrics import random_subset
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from contenders import TrainScript  # noqa: E402
-from evaluate import provenance  # noqa: E402
-from quality import earlier_figures  # noqa: E402
-from train import MNIST, non_negative_int, num_timesteps, positive_int  # noqa: E402
-
-from mnist_ddpm.data import decode_images, load_split  # noqa: E402
-from mnist_ddpm.likelihood import bits_per_dim  # noqa: E402
-from mnist_ddpm.metrics import random_subset  # noqa: E402
-
 UNET = json.loads((ROOT / "examples" / "likelihood" / "config.json").read_text())
 FLAGS = {
     "--ddpm_num_steps": "256",
@@ -62,10 +58,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES), metavar="CHANGE")
-    parser.add_argument("--max_train_steps", type=positive_int, default=300)
-    parser.add_argument("--num_images", type=positive_int, default=500, help="of the test set, to measure")
-    parser.add_argument("--num_timesteps_per_image", type=num_timesteps, default=24)
-    parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--max_train_steps", type=int, default=300)
+    parser.add_argument("--num_images", type=int, default=500, help="of the test set, to measure")
+    parser.add_argument("--num_timesteps_per_image", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "likelihood.json")
     args = parser.parse_args(argv)
     args.command = ["python", "benchmarks/likelihood.py", *argv]
@@ -91,7 +87,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         "settings": settings,
         **provenance(args),
     }
-    test_images = random_subset(decode_images(load_split(str(MNIST), split="test")), args.num_images, args.seed)
+    test_images = random_subset(decode_images(load_split(MNIST, split="test")), args.num_images, args.seed)
     for name in args.changes:
         if name in result["likelihood"]:
             continue

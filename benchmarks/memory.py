@@ -12,21 +12,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
 MARGIN = 0.1  # by which the peaks of few and many images may differ: the allocator's doing, it does not go on growing
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    from train import positive_int
-
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--num_images", type=positive_int, nargs="+", default=[1000, 10_000], help="To sample.")
-    parser.add_argument("--batch_size", type=positive_int, default=64, help="Images to sample at a time.")
-    parser.add_argument("--num_inference_steps", type=positive_int, default=1)
-    parser.add_argument("--max_train_steps", type=positive_int, default=20, help="Else train.py is at its defaults.")
+    parser.add_argument("--num_images", type=int, nargs="+", default=[1000, 10_000], help="To sample.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Images to sample at a time.")
+    parser.add_argument("--num_inference_steps", type=int, default=1)
+    parser.add_argument("--max_train_steps", type=int, default=20, help="Else train.py is at its defaults.")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "memory.json")
     args = parser.parse_args(argv)
     args.command, args.seed = ["python", "benchmarks/memory.py", *argv], 0
@@ -78,7 +74,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             "sampling_memory": [sampling(args, Path(name), num_images) for num_images in args.num_images],
             "batch_size": {"sampling": args.batch_size},
         }
-    from evaluate import provenance  # only now, as it imports torch: see `peak_memory`
+    from mnist_ddpm.cli import provenance  # only now, as it imports torch: see `peak_memory`
 
     result |= provenance(args)
     args.output.write_text(json.dumps(result, indent=2) + "\n")

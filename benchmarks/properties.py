@@ -15,12 +15,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from mnist_ddpm.cli import provenance
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from evaluate import provenance  # noqa: E402
-from train import non_negative_int, positive_int  # noqa: E402
-
 TESTS = ["schedulers", "unet", "pipeline", "flags"]
 
 
@@ -28,8 +25,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--factor", type=positive_int, default=10, help="how many times the cases of the test suite")
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="of the search")
+    parser.add_argument("--factor", type=int, default=10, help="how many times the cases of the test suite")
+    parser.add_argument("--seed", type=int, default=0, help="of the search")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "properties.json")
     args = parser.parse_args(argv)
     args.command = ["python", "benchmarks/properties.py", *argv]

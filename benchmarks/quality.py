@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sample import sample
-from train import MNIST
 
-from mnist_ddpm.data import decode_images, load_split
+from mnist_ddpm.data import MNIST, decode_images, load_split
 from mnist_ddpm.metrics import (
     ClassifierFeatures,
     class_scores,
@@ -19,6 +17,7 @@ from mnist_ddpm.metrics import (
     frechet_distance,
     random_subset,
 )
+from mnist_ddpm.sampling import sample_tensor
 
 
 class Quality:
@@ -37,9 +36,9 @@ class Quality:
     def __init__(self, num_images: int, seed: int = 0, batch_size: int = 250, device: str = "cpu"):
         self.num_images, self.seed, self.batch_size, self.device = num_images, seed, batch_size, device
         self.classifier = ClassifierFeatures.from_pretrained().to(device)
-        train = decode_images(load_split(str(MNIST), split="train"))
+        train = decode_images(load_split(MNIST, split="train"))
         self.reference = extract_features(self.classifier, train)
-        test = decode_images(load_split(str(MNIST), split="test"))
+        test = decode_images(load_split(MNIST, split="test"))
         self.floor = self.score(random_subset(test, num_images, seed))
 
     def score(self, images: torch.Tensor) -> dict[str, float]:
@@ -52,8 +51,7 @@ class Quality:
         """Sample by a pipeline, called with `options`, and score it; with the samples per second that it gave."""
         start = time.perf_counter()
         with in_bf16(self.device, bf16):
-            batches = sample(pipe, range(self.num_images), self.seed, self.batch_size, output_type="pt", **options)
-            images = torch.cat([(batch * 255).round().to("cpu", torch.uint8) for _, batch in batches])
+            images = sample_tensor(pipe, self.num_images, self.seed, self.batch_size, **options)
         seconds = time.perf_counter() - start
         return {**self.score(images), "samples_per_second": self.num_images / seconds}
 

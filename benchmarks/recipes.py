@@ -17,17 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contenders import TrainScript
+from quality import Quality, earlier_figures
+
+from mnist_ddpm import MNISTUNet2DModel
+from mnist_ddpm.cli import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from contenders import TrainScript  # noqa: E402
-from evaluate import provenance  # noqa: E402
-from quality import Quality, earlier_figures  # noqa: E402
-from train import non_negative_int, positive, positive_int  # noqa: E402
-
-from mnist_ddpm import MNISTUNet2DModel  # noqa: E402
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPEED_STEPS = 30  # after which the speed is known
 ATTENTION = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D")}
@@ -69,11 +65,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES), metavar="CHANGE")
-    parser.add_argument("--minutes", type=positive, default=3.0, help="of training, each")
-    parser.add_argument("--num_images", type=positive_int, default=1000, help="for each score")
-    parser.add_argument("--num_inference_steps", type=positive_int, default=20, help="of DDIM")
-    parser.add_argument("--jobs", type=positive_int, default=1, help="trainings at a time, on a share of the threads")
-    parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--minutes", type=float, default=3.0, help="of training, each")
+    parser.add_argument("--num_images", type=int, default=1000, help="for each score")
+    parser.add_argument("--num_inference_steps", type=int, default=20, help="of DDIM")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, on a share of the threads")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "recipes.json")
     args = parser.parse_args(argv)
     args.command = ["python", "benchmarks/recipes.py", *argv]

@@ -12,16 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quality import Quality, earlier_figures
+
+from mnist_ddpm import PRETRAINED, MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler
+from mnist_ddpm.cli import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from evaluate import provenance  # noqa: E402
-from quality import Quality, earlier_figures  # noqa: E402
-from train import non_negative_int, positive_int  # noqa: E402
-
-from mnist_ddpm import PRETRAINED, MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler  # noqa: E402
-
 # scheduler, what its config says about the variance, and what a call of the pipeline says about the noise
 ROWS: dict[str, tuple[type[MNISTDDPMScheduler | MNISTDDIMScheduler], dict[str, Any], dict[str, Any]]] = {
     "DDPM, simple_var off (posterior variance)": (MNISTDDPMScheduler, {"simple_var": False}, {}),
@@ -44,9 +40,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=PRETRAINED, help="a saved pipeline; by default the package's own")
-    parser.add_argument("--steps", nargs="+", type=positive_int, default=[10, 20, 50, 100, 1000])
-    parser.add_argument("--num_images", type=positive_int, default=1000, help="for each cell")
-    parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--steps", nargs="+", type=int, default=[10, 20, 50, 100, 1000])
+    parser.add_argument("--num_images", type=int, default=1000, help="for each cell")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "sampling_noise.json")
     args = parser.parse_args(argv)
     args.command = ["python", "benchmarks/sampling_noise.py", *argv]

@@ -14,21 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quality import Quality, earlier_figures
+
+from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler
+from mnist_ddpm.cli import provenance
+from mnist_ddpm.data import MNIST, decode_images, load_split
+from mnist_ddpm.likelihood import bits_per_dim
+from mnist_ddpm.metrics import random_subset
+from mnist_ddpm.training.batches import Batch
+from mnist_ddpm.training.loss import DiffusionLoss
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from evaluate import provenance  # noqa: E402
-from quality import Quality, earlier_figures  # noqa: E402
-from train import MNIST, non_negative_int, positive_int  # noqa: E402
-
-from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler  # noqa: E402
-from mnist_ddpm.data import decode_images, load_split  # noqa: E402
-from mnist_ddpm.likelihood import bits_per_dim  # noqa: E402
-from mnist_ddpm.metrics import random_subset  # noqa: E402
-from mnist_ddpm.training.batches import Batch  # noqa: E402
-from mnist_ddpm.training.loss import DiffusionLoss  # noqa: E402
-
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 COLORS = {"linear": "tab:orange", "cosine": "tab:blue"}
 NUM_TIMESTEPS = 50  # of each test image, for the loss and the bound
@@ -39,11 +35,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; flags that are unknown here go to train.py."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=non_negative_int, default=[0, 1, 2])
-    parser.add_argument("--max_train_steps", type=positive_int, default=3000)
-    parser.add_argument("--sampling_steps", nargs="+", type=positive_int, default=[5, 10, 20, 50, 100])
-    parser.add_argument("--num_images", type=positive_int, default=1000, help="samples for each FID")
-    parser.add_argument("--num_test_images", type=positive_int, default=500, help="for the loss and the bound")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--max_train_steps", type=int, default=3000)
+    parser.add_argument("--sampling_steps", nargs="+", type=int, default=[5, 10, 20, 50, 100])
+    parser.add_argument("--num_images", type=int, default=1000, help="samples for each FID")
+    parser.add_argument("--num_test_images", type=int, default=500, help="for the loss and the bound")
     parser.add_argument("--runs_dir", type=Path, required=True, help="for the six trainings")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "schedules.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "assets" / "schedules.png")
@@ -142,7 +138,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train what isn't trained yet, measure, write, draw."""
     runs = {f"{schedule}-{seed}": train(schedule, seed, args) for seed in args.seeds for schedule in SCHEDULES}
     quality = Quality(args.num_images, args.seed)
-    test_images = random_subset(decode_images(load_split(str(MNIST), split="test")), args.num_test_images, args.seed)
+    test_images = random_subset(decode_images(load_split(MNIST, split="test")), args.num_test_images, args.seed)
     settings = {name: getattr(args, name) for name in SETTINGS}
     result: dict[str, Any] = {
         "runs": earlier_figures(args.output, "runs", settings),

@@ -22,18 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contenders import PEER_UNET, Contender, Course, TrainScript
 from diffusers import UNet2DModel
+from quality import Quality
+
+from mnist_ddpm.cli import provenance
+from mnist_ddpm.data import MNIST, decode_images, load_split
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from contenders import PEER_UNET, Contender, Course, TrainScript  # noqa: E402
-from evaluate import provenance  # noqa: E402
-from quality import Quality  # noqa: E402
-from train import MNIST, non_negative_int, positive, positive_int  # noqa: E402
-
-from mnist_ddpm.data import decode_images, load_split  # noqa: E402
-
 ANYTIME = ["--lr_scheduler", "constant_with_warmup", "--max_train_steps", "10000000"]
 NAMES = ("ours", "stock", "tuned", "our_recipe")
 
@@ -43,21 +39,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contenders", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--minutes", nargs="+", type=positive, default=[20.0], help="of training, for all or for each")
-    parser.add_argument("--slice", type=positive, default=30.0, help="seconds that one trains while the others wait")
+    parser.add_argument("--minutes", nargs="+", type=float, default=[20.0], help="of training, for all or for each")
+    parser.add_argument("--slice", type=float, default=30.0, help="seconds that one trains while the others wait")
     parser.add_argument(
-        "--score_at", nargs="+", type=positive, default=[1, 2, 5, 10, 20, 40, 60], help="minutes of training"
+        "--score_at", nargs="+", type=float, default=[1, 2, 5, 10, 20, 40, 60], help="minutes of training"
     )
-    parser.add_argument("--num_images", type=positive_int, default=1000, help="for each score")
-    parser.add_argument("--num_inference_steps", type=positive_int, default=50, help="of DDIM, for the curve")
+    parser.add_argument("--num_images", type=int, default=1000, help="for each score")
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="of DDIM, for the curve")
     parser.add_argument(
-        "--sampling_steps", nargs="*", type=positive_int, default=[5, 10, 20, 50, 100, 1000], help="for the last part"
+        "--sampling_steps", nargs="*", type=int, default=[5, 10, 20, 50, 100, 1000], help="for the last part"
     )
     parser.add_argument(
-        "--peer_sampling_steps", nargs="*", type=positive_int, default=[5, 10, 20, 50], help="for the slow ones"
+        "--peer_sampling_steps", nargs="*", type=int, default=[5, 10, 20, 50], help="for the slow ones"
     )
     parser.add_argument("--sampling_contenders", nargs="*", choices=NAMES, help="of those: the ones that sample (all)")
-    parser.add_argument("--seed", type=non_negative_int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "time_to_quality.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "assets" / "time_to_quality.png")
     args = parser.parse_args(argv)
@@ -82,7 +78,7 @@ def make(name: str, args: argparse.Namespace, device: str, folder: Path) -> Cont
         case "our_recipe":
             UNet2DModel(**PEER_UNET).save_config(folder / "unet")
             return TrainScript([*flags, "--model_config_name_or_path", str(folder / "unet")], folder / name)
-    images = decode_images(load_split(str(MNIST), split="train"))
+    images = decode_images(load_split(MNIST, split="train"))
     if name == "stock":
         return Course(images, device, tuned=False, learning_rate=4e-4, seed=args.seed)
     return Course(images, device, tuned=True, learning_rate=1e-3, compiled=True, bf16=True, seed=args.seed)

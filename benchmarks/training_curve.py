@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+from mnist_ddpm.cli import provenance
 
-from evaluate import provenance  # noqa: E402
-from train import positive_int  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -21,7 +19,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="The run's --output_dir.")
     parser.add_argument("--training_command", required=True, help="The command that made the run.")
     parser.add_argument("--training_machine", required=True, help="The machine that it ran on.")
-    parser.add_argument("--window", type=positive_int, default=250, help="Steps to average the loss over.")
+    parser.add_argument("--window", type=int, default=250, help="Steps to average the loss over.")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "training.json")
     args = parser.parse_args(argv)
     args.command, args.seed = ["python", "benchmarks/training_curve.py", *argv], None

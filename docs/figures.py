@@ -14,22 +14,21 @@ from diffusers.utils import pt_to_pil
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from sample import sample, sample_trajectory  # noqa: E402
 from sampling_noise import ROWS  # noqa: E402
-from train import MNIST  # noqa: E402
 
 from mnist_ddpm import PRETRAINED, MNISTDDPMPipeline, MNISTDDPMScheduler  # noqa: E402
-from mnist_ddpm.data import decode_images, load_split  # noqa: E402
+from mnist_ddpm.data import MNIST, decode_images, load_split  # noqa: E402
 from mnist_ddpm.images import image_grid  # noqa: E402
+from mnist_ddpm.sampling import sample, sample_trajectory  # noqa: E402
 
 COLUMNS = 12
 
 
 def forward_picture() -> Image.Image:
     """Two test images on their way to noise: rows 1 and 3 by linear betas, rows 2 and 4 by cosine betas."""
-    x_0 = decode_images(load_split(str(MNIST), split="test[:2]")).float() / 127.5 - 1
+    x_0 = decode_images(load_split(MNIST, split="test[:2]")).float() / 127.5 - 1
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
     timesteps = torch.linspace(0, 999, COLUMNS).long()
     rows = []

@@ -19,10 +19,10 @@ from accelerate.state import AcceleratorState
 from loopback_hub import READER, USER, WRITER
 from PIL import Image
 from safetensors.torch import load_file
-from sample import load_pipeline
 
 from mnist_ddpm import MNISTDDPMPipeline, MNISTUNet2DModel
 from mnist_ddpm.likelihood import log_snr_betas
+from mnist_ddpm.sampling import load_pipeline
 from mnist_ddpm.training.checkpoints import list_checkpoints
 
 NUM_IMAGES = 24

@@ -6,21 +6,21 @@ import pytest
 import torch
 import train_classifier
 
-from mnist_ddpm.data import load_split
+from mnist_ddpm.data import MNIST, load_split
 from mnist_ddpm.metrics import ClassifierFeatures, class_scores
 
 
 def test_a_short_training_learns_and_saves_what_scoring_loads(tmp_path):
     for split, size in {"train": 1400, "test": 200}.items():
-        rows = load_split(str(train_classifier.MNIST), split=f"{split}[:{size}]")
+        rows = load_split(MNIST, split=f"{split}[:{size}]")
         rows.to_parquet(str(tmp_path / f"{split}-00000-of-00001.parquet"))
     argv = ["--dataset_name", str(tmp_path), "--output_dir", str(tmp_path / "classifier"), "--num_epochs", "2"]
     argv += ["--num_validation_images", "200", "--train_batch_size", "50", "--results", str(tmp_path / "results.json")]
     result = train_classifier.main(train_classifier.parse_args(argv))
 
     assert result["test_accuracy"] > 0.6
-    assert json.loads((tmp_path / "results.json").read_text()) == result
-    card = (tmp_path / "classifier" / "README.md").read_text()
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == result
+    card = (tmp_path / "classifier" / "README.md").read_text(encoding="utf-8")
     assert f"{result['test_accuracy']:.2%}" in card
     assert result["command"] in card
 

@@ -1,8 +1,12 @@
-"""Many images as one picture."""
+"""Many images as one picture, and in files: grids, strips, GIFs; folders and arrays of samples."""
 
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 
 
@@ -17,20 +21,72 @@ def image_grid(images: Sequence[Image.Image], columns: int | None = None) -> Ima
         The grid, in the mode of the images.
 
     Raises:
-        ValueError: If there are no images, or fewer than one column is asked for.
+        ValueError: If there are no images.
 
     Example:
         >>> image_grid([Image.new("L", (28, 28))] * 10).size
         (112, 84)
     """
     if not images:
-        raise ValueError("`images` must hold at least one image")
+        raise ValueError("images must hold at least one image, got none.")
     if columns is None:
         columns = math.ceil(math.sqrt(len(images)))
-    if columns < 1:
-        raise ValueError(f"`columns` must be at least 1, got {columns}")
     width, height = images[0].size
     grid = Image.new(images[0].mode, (columns * width, math.ceil(len(images) / columns) * height))
     for i, image in enumerate(images):
         grid.paste(image, (i % columns * width, i // columns * height))
     return grid
+
+
+def save_trajectory(steps: Sequence[Sequence[Image.Image]], path: Path, columns: int = 12) -> None:
+    """Show how images come about: an animation (.gif), or else a strip with time from left to right.
+
+    Args:
+        steps: For each step the same number of images.
+        path: The file; an animation shows each step in a grid of two columns.
+        columns: How many steps a strip shows, at most.
+    """
+    if path.suffix == ".gif":
+        first, *others = [image_grid(images, columns=2) for images in steps]
+        durations = [80] * len(others) + [2000]  # milliseconds; the last one stays
+        first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
+    else:
+        columns = min(len(steps), columns)
+        shown = [steps[round((i + 1) * len(steps) / columns) - 1] for i in range(columns)]
+        image_grid([image for row in zip(*shown, strict=True) for image in row], columns).save(path)
+
+
+def read_samples(path: str | Path, num_images: int | None = None) -> torch.Tensor:
+    """Read gray images that any program made.
+
+    Args:
+        path: A folder of images; or a .npy file, uint8 or floats in [0, 1], (N, H, W), (N, 1, H, W) or (N, H, W, 1).
+        num_images: How many from the beginning; None for all.
+
+    Returns:
+        uint8 (N, 1, H, W).
+
+    Raises:
+        ValueError: If there is something else, or too few images.
+    """
+    from mnist_ddpm.data import decode_images, load_split
+
+    if os.path.isdir(path):
+        images = decode_images(load_split(str(path)), channels=1).squeeze(1).numpy()
+    else:
+        try:
+            images = np.asarray(np.load(path, allow_pickle=False))
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"samples must be a folder of images or a .npy file, got {path} ({error}).") from error
+    if images.ndim == 4 and 1 in (images.shape[1], images.shape[3]):
+        images = images.squeeze(1 if images.shape[1] == 1 else 3)
+    is_fraction = np.issubdtype(images.dtype, np.floating) and images.size and images.min() >= 0 and images.max() <= 1
+    if images.ndim != 3 or len(images) == 0 or not (images.dtype == np.uint8 or is_fraction):
+        raise ValueError(
+            "samples must be uint8 or floats in [0, 1] without NaN, of shape (N, H, W), (N, 1, H, W) or (N, H, W, 1), "
+            f"got {images.dtype} of shape {images.shape} in {path}."
+        )
+    if num_images is not None and num_images > len(images):
+        raise ValueError(f"num_images must be at most the {len(images)} in {path}, got {num_images}.")
+    images = images[:num_images]
+    return torch.from_numpy((images * 255).round().astype(np.uint8) if is_fraction else images).unsqueeze(1)

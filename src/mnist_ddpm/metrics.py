@@ -1,8 +1,8 @@
 """Scores of images against reference images: FID and KID, precision and recall, digits, confidence, copies.
 
 Everything is measured on features that are extracted once: by a transformers image classifier (`ClassifierFeatures`,
-as a rule the MNIST classifier in `CLASSIFIER`) or by Inception (`InceptionFeatures`). A score means little without
-its floor: the same score of real test images against the training set.
+by default the MNIST classifier in `CLASSIFIER`) or by Inception (`InceptionFeatures`). A score means little without
+its real-data baseline: the same score of real test images against the training set.
 
 References: FID = arXiv 1706.08500, KID = arXiv 1801.01401, improved precision and recall = arXiv 1904.06991.
 """
@@ -26,14 +26,11 @@ class ClassifierFeatures(torch.nn.Module):
     """A transformers image classifier up to its last linear layer, which is kept as `head`.
 
     Args:
-        model: An image classifier of transformers whose logits come from a `torch.nn.Linear`. It is taken over: in
-            place of that layer it gets an identity.
+        model: An image classifier of transformers whose logits come from a `torch.nn.Linear`, which is replaced by
+            an identity.
         size: The `(height, width)` that images are resized to.
         mean: Mean of the pixel values in [0, 1] that normalization subtracts, one entry or one per channel.
         std: Standard deviation that it divides by, likewise.
-
-    Raises:
-        ValueError: If no linear layer gives the logits.
     """
 
     mean: torch.Tensor
@@ -47,11 +44,6 @@ class ClassifierFeatures(torch.nn.Module):
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear) and module.out_features == config.num_labels
         ]
-        if not heads:
-            raise ValueError(
-                f"model: {type(model).__name__} has no linear layer with {config.num_labels} outputs for its labels; "
-                "name an image classifier whose last layer is linear"
-            )
         self.head = model.get_submodule(heads[-1])
         model.set_submodule(heads[-1], torch.nn.Identity())
         self.model = model.eval()
@@ -78,8 +70,8 @@ class ClassifierFeatures(torch.nn.Module):
             processor = AutoImageProcessor.from_pretrained(path)
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(
-                f"path: {path} is no image classifier, or it is damaged: name a folder or Hub id with config.json, "
-                f"model.safetensors and preprocessor_config.json ({error})"
+                "classifier must be a folder or Hub id with config.json, model.safetensors and "
+                f"preprocessor_config.json, got {path}, missing or damaged: {error}"
             ) from error
         edge = processor.size.get("shortest_edge")
         size = (edge, edge) if edge else (processor.size["height"], processor.size["width"])
@@ -103,21 +95,14 @@ class ClassifierFeatures(torch.nn.Module):
 class InceptionFeatures(torch.nn.Module):
     """The 2048 pooled features of Inception v3 on which FID is commonly reported.
 
-    Raises:
-        RuntimeError: If torch-fidelity or its weights can't be had.
+    They need `pip install torch-fidelity` and, the first time, a download from GitHub.
     """
 
     def __init__(self) -> None:
         super().__init__()
         from torchmetrics.image.fid import NoTrainInceptionV3
 
-        try:
-            self.model = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
-        except (ImportError, OSError) as error:
-            raise RuntimeError(
-                "Inception's weights can't be had: they need `pip install torch-fidelity` and, the first time, "
-                f"a download from GitHub ({error})"
-            ) from error
+        self.model = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the features (B, 2048) of uint8 images (B, C, H, W)."""
@@ -126,12 +111,15 @@ class InceptionFeatures(torch.nn.Module):
 
 
 def _with_channels(images: torch.Tensor, num_channels: int) -> torch.Tensor:
-    """Repeat a single channel where the network wants more."""
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise ValueError(f"images: expected uint8 of shape (B, C, H, W), got {images.dtype} of {tuple(images.shape)}")
-    if images.shape[1] not in (1, num_channels):
-        raise ValueError(f"images: the network takes 1 or {num_channels} channels, got {images.shape[1]}")
+    """Repeat a single channel where the network takes more."""
+    _check_uint8(images)
     return images.expand(-1, num_channels, -1, -1)
+
+
+def _check_uint8(images: torch.Tensor) -> None:
+    """Reject images on another scale, which would score wrongly."""
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"images must be uint8 (B, C, H, W), got {images.dtype} of shape {tuple(images.shape)}.")
 
 
 @torch.inference_mode()
@@ -160,11 +148,11 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
         reference: (M, D), M >= 2.
 
     Raises:
-        ValueError: If the shapes don't fit or a feature isn't finite.
+        ValueError: If a feature is NaN or infinite.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    _check_features(features, reference, at_least=2)
+    _check_finite(features, reference)
     metric = FrechetInceptionDistance(_Features(features.shape[1]))
     metric.update(reference.double(), real=True)
     metric.update(features.double(), real=False)
@@ -189,11 +177,11 @@ def kernel_distance(
         Mean and standard deviation over the subsets.
 
     Raises:
-        ValueError: If the shapes don't fit or a feature isn't finite.
+        ValueError: If a feature is NaN or infinite.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    _check_features(features, reference, at_least=2)
+    _check_finite(features, reference)
     subset_size = min(subset_size, len(features), len(reference))
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it keeps the features, as it must
         metric = KernelInceptionDistance(_Features(features.shape[1]), subsets=subsets, subset_size=subset_size)
@@ -218,9 +206,9 @@ def precision_recall(features: torch.Tensor, reference: torch.Tensor, k: int = 3
         k: Which neighbor.
 
     Raises:
-        ValueError: If the shapes don't fit or a feature isn't finite.
+        ValueError: If a feature is NaN or infinite.
     """
-    _check_features(features, reference, at_least=k + 1)
+    _check_finite(features, reference)
     features, reference = features.double(), reference.double()
     return _share_in_manifold(features, reference, k), _share_in_manifold(reference, features, k)
 
@@ -241,16 +229,10 @@ class _Features(torch.nn.Identity):
         self.num_features = num_features
 
 
-def _check_features(features: torch.Tensor, reference: torch.Tensor, at_least: int) -> None:
-    """Refuse what would turn into a wrong score or NaN."""
-    for name, value in {"features": features, "reference": reference}.items():
-        if value.ndim != 2 or value.shape[1] != reference.shape[-1] or len(value) < at_least:
-            raise ValueError(
-                f"{name}: expected shape (N, D), N >= {at_least}, the same D for both; got {tuple(features.shape)} "
-                f"and reference {tuple(reference.shape)}"
-            )
-        if not value.isfinite().all():
-            raise ValueError(f"{name}: some are NaN or infinite; check the images and the network they come from")
+def _check_finite(*features: torch.Tensor) -> None:
+    """Reject features that would score wrongly or NaN."""
+    if not all(x.isfinite().all() for x in features):
+        raise ValueError("features must be finite, got NaN or infinity. Check the images and the network.")
 
 
 def feature_scores(features: torch.Tensor, reference: torch.Tensor, seed: int = 0) -> dict[str, float]:
@@ -268,7 +250,7 @@ def feature_scores(features: torch.Tensor, reference: torch.Tensor, seed: int = 
         `fid`, `kid`, `kid_std`, `precision`, `recall`.
 
     Raises:
-        ValueError: If the shapes don't fit or a feature isn't finite.
+        ValueError: If a feature is NaN or infinite.
     """
     fid = frechet_distance(features, reference)
     kid, kid_std = kernel_distance(features, reference, seed)
@@ -289,17 +271,12 @@ def class_scores(logits: torch.Tensor, threshold: float = 0.9) -> dict[str, floa
 
     Args:
         logits: (N, K), N >= 1.
-        threshold: From which confidence on an image counts as confident.
+        threshold: The confidence from which an image counts as confident.
 
     Returns:
         `class_shares`, a list of the share of images of each class; `confidence`, the mean of the highest
         probability; `confident_share`, the share of images where it reaches the threshold.
-
-    Raises:
-        ValueError: If a logit isn't finite or there are none.
     """
-    if logits.ndim != 2 or len(logits) < 1 or not logits.isfinite().all():
-        raise ValueError(f"logits: expected finite numbers of shape (N, K), N >= 1; got shape {tuple(logits.shape)}")
     confidence, classes = logits.double().softmax(dim=1).max(dim=1)
     shares = torch.bincount(classes, minlength=logits.shape[1]).double() / len(classes)
     return {
@@ -321,9 +298,10 @@ def nearest_distances(images: torch.Tensor, reference: torch.Tensor, chunk: int 
         Distances (N,); 0 is a copy.
 
     Raises:
-        ValueError: If the shapes don't fit.
+        ValueError: If the images are not uint8.
     """
-    _check_images(images, reference)
+    _check_uint8(images)
+    _check_uint8(reference)
     x, r = images.flatten(1).float(), reference.flatten(1).float()
     half_squares = r.square().sum(dim=1) / 2
     # the nearest minimizes |r|^2 / 2 - x.r; its distance is then taken directly, so that rounding leaves a copy at 0
@@ -331,17 +309,8 @@ def nearest_distances(images: torch.Tensor, reference: torch.Tensor, chunk: int 
     return (x - r[nearest]).square().sum(dim=1).sqrt() / 255
 
 
-def _check_images(images: torch.Tensor, reference: torch.Tensor) -> None:
-    """Refuse images that can't be compared pixel by pixel."""
-    if images.dtype != torch.uint8 or reference.dtype != torch.uint8 or images.shape[1:] != reference.shape[1:]:
-        raise ValueError(
-            f"images: expected uint8 images of the reference's shape, got {images.dtype} of {tuple(images.shape)} "
-            f"and {reference.dtype} of {tuple(reference.shape)}"
-        )
-
-
 def copy_scores(images: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
-    """How near the images are to the reference images: copies would show in the low quantile.
+    """How close the images are to the reference images: copies would show in the low quantile.
 
     Args:
         images: uint8 (N, C, H, W).
@@ -361,7 +330,7 @@ class Scorer:
     """Scores any number of sets of images against one set of reference images, whose features are extracted once.
 
     Args:
-        reference: uint8 (M, C, H, W), as a rule the training set.
+        reference: uint8 (M, C, H, W), usually the training set.
         classifier: Whose features, classes and confidence count.
         inception: Where given, its features are scored as well, under names that begin with `inception_`.
         batch_size: Images at a time.
@@ -381,7 +350,6 @@ class Scorer:
 
     def __call__(self, images: torch.Tensor, seed: int = 0) -> dict[str, float | list[float]]:
         """Score images uint8 (N, C, H, W); returns what the functions that end in `_scores` return, together."""
-        _check_images(images, self.reference)
         features = extract_features(self.classifier, images, self.batch_size)
         scores: dict[str, float | list[float]] = {
             **feature_scores(features, self.reference_features, seed),

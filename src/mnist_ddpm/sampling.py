@@ -1,0 +1,154 @@
+"""Samples of a saved pipeline, through any scheduler: image i is a function of the seed and of i alone."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.utils import is_accelerate_available, logging, pt_to_pil
+from PIL import Image
+from safetensors import SafetensorError
+
+import mnist_ddpm
+from mnist_ddpm.pipeline import MNISTDDPMPipeline
+
+SCHEDULERS = {
+    "ddpm": "MNISTDDPMScheduler",
+    "ddim": "MNISTDDIMScheduler",
+    "deis": "DEISMultistepScheduler",
+    "dpmsolver_multistep": "DPMSolverMultistepScheduler",
+    "dpmsolver_singlestep": "DPMSolverSinglestepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "kdpm2": "KDPM2DiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "sasolver": "SASolverScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+"""Short names of the schedulers that sample a pipeline, and their classes in this package or in diffusers."""
+
+
+def make_scheduler(name: str, config: Any) -> Any:
+    """Make the scheduler of a name in `SCHEDULERS` from the config of another, with the options that suit it.
+
+    Raises:
+        ValueError: If there is no such name.
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {name!r}.")
+    options: dict[str, Any] = {}
+    if name == "ddim" and config["prediction_type"] == "v_prediction":
+        # DDIM steps by x0_hat and by the eps_hat of the same v. Clipping x0_hat alone makes black pixels a little
+        # brighter at each step: most end at gray levels 1 to 8. The pipeline clamps the final image anyway.
+        options["clip_sample"] = False
+    if name == "heun":
+        # By default sigma falls from 20,000 to 6 in the first of 10 steps: digits come out speckled.
+        options["use_karras_sigmas"] = True
+    if name != "ddpm" and config.get("variance_type") == "learned_range":
+        options["variance_type"] = "fixed_small"  # the others add no noise of a learned variance
+    scheduler_class = getattr(mnist_ddpm, SCHEDULERS[name], None) or getattr(diffusers, SCHEDULERS[name])
+    return scheduler_class.from_config({**config, **options})
+
+
+def load_pipeline(
+    model: str | os.PathLike[str] | None = None, scheduler: str = "ddim", device: str | None = None
+) -> MNISTDDPMPipeline:
+    """Load a saved pipeline with the scheduler of a name in `SCHEDULERS`.
+
+    Args:
+        model: A folder or a Hub id; None for the pipeline that comes with the package.
+        scheduler: A name in `SCHEDULERS`.
+        device: Where to; None for a GPU if there is one.
+
+    Raises:
+        ValueError: If there is no such pipeline or scheduler, or the pipeline is damaged.
+    """
+    model = str(mnist_ddpm.PRETRAINED if model is None else model)
+    if not os.path.isdir(model) and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise ValueError(f"model must be the folder of a saved pipeline or a Hub id, got {model!r}.")
+    try:
+        # without accelerate, diffusers would warn that it can't load in little memory
+        pipe = MNISTDDPMPipeline.from_pretrained(model, low_cpu_mem_usage=is_accelerate_available())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"model must be a saved pipeline, got {model!r}, missing or damaged: {error}") from error
+    pipe.scheduler = make_scheduler(scheduler, pipe.scheduler.config)
+    pipe.to(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    return pipe
+
+
+def weights_digest(unet: torch.nn.Module) -> str:
+    """Return what tells the weights of one U-Net from those of another that was saved under the same name."""
+    digest = hashlib.sha256()
+    for weight in unet.state_dict().values():
+        digest.update(weight.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """One generator per image: consecutive 32-bit seeds from a start that the seed is hashed to.
+
+    The hash keeps the images of neighboring seeds apart. PyTorch's CPU generator uses 32 bits of a seed.
+    """
+    start = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return [torch.Generator().manual_seed((start + i) % 2**32) for i in indices]
+
+
+def sample(
+    pipe: MNISTDDPMPipeline, indices: Sequence[int], seed: int = 0, batch_size: int = 64, **kwargs: Any
+) -> Iterator[tuple[Sequence[int], Any]]:
+    """Sample the images of these indices in batches, with one progress bar for all.
+
+    Args:
+        pipe: The pipeline.
+        indices: Which images.
+        seed: Of all of them.
+        batch_size: Images at a time.
+        kwargs: For the pipeline's call: `num_inference_steps`, `eta`, `output_type`, ...
+
+    Yields:
+        The indices of each batch, and its images.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    with logging.tqdm(total=len(indices), unit=" images") as bar:
+
+        def advance(run: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            done = start + len(batch) * (i + 1) // len(run.scheduler.timesteps)
+            bar.update(done - bar.n)
+            return {}
+
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            options = {"callback_on_step_end": advance, "generator": image_generators(seed, batch), **kwargs}
+            (images,) = pipe(batch_size=len(batch), return_dict=False, **options)
+            yield batch, images
+
+
+def sample_tensor(
+    pipe: MNISTDDPMPipeline, num_images: int, seed: int = 0, batch_size: int = 64, **kwargs: Any
+) -> torch.Tensor:
+    """Sample the first images; returns uint8 (N, C, H, W) on the CPU. The arguments are those of `sample`."""
+    batches = sample(pipe, range(num_images), seed, batch_size, output_type="pt", **kwargs)
+    return torch.cat([(images * 255).round().to("cpu", torch.uint8) for _, images in batches])
+
+
+def sample_trajectory(
+    pipe: MNISTDDPMPipeline, num_images: int, seed: int = 0, **kwargs: Any
+) -> list[list[Image.Image]]:
+    """Sample the first images; returns for each step x_t, x0_hat of the first image, x_t, x0_hat of the second, ..."""
+    names = ("latents", "pred_original_sample")
+    steps = []
+
+    def keep(run: Any, i: int, t: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        steps.append(pt_to_pil(torch.stack([tensors[name] for name in names], dim=1).flatten(0, 1)))
+        return {}
+
+    callback = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": names}
+    for _ in sample(pipe, range(num_images), seed, num_images, **kwargs, **callback):
+        pass
+    return steps

@@ -1,0 +1,167 @@
+"""Sampling from a saved pipeline: schedulers, seeds, progress, and the errors of what can't be loaded."""
+
+import copy
+import logging
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers.utils import import_utils
+from tqdm import TqdmWarning
+
+from mnist_ddpm import PRETRAINED, MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
+from mnist_ddpm.sampling import (
+    SCHEDULERS,
+    image_generators,
+    load_pipeline,
+    make_scheduler,
+    sample,
+    sample_tensor,
+    sample_trajectory,
+    weights_digest,
+)
+
+
+def small_pipeline(**kwargs) -> MNISTDDPMPipeline:
+    """A small U-Net whose output is not zero."""
+    torch.manual_seed(0)
+    unet = MNISTUNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        attention_head_dim=8,
+        out_channels=2 if kwargs.get("variance_type") == "learned_range" else 1,
+    )
+    for weight in unet.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    return MNISTDDPMPipeline(unet=unet, scheduler=MNISTDDPMScheduler(**kwargs))
+
+
+@pytest.fixture(scope="module", params=["fixed_small", "learned_range"])
+def model(request, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    small_pipeline(variance_type=request.param, prediction_type="v_prediction").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_samples_in_few_steps(model, scheduler):
+    steps = 4 if scheduler == "pndm" else 3  # PNDM needs 4
+    images = sample_tensor(load_pipeline(model, scheduler, "cpu"), 2, num_inference_steps=steps)
+    assert images.shape == (2, 1, 8, 8)
+    assert images.float().std() > 10
+    assert not torch.equal(images[0], images[1])
+
+
+def test_an_image_depends_on_the_seed_and_its_index_alone(model):
+    pipe = load_pipeline(model, "ddpm", "cpu")
+
+    def draw(*args: int) -> torch.Tensor:
+        return sample_tensor(pipe, *args, num_inference_steps=3).int()
+
+    four = draw(4)
+    # another batch size changes the order of sums, by less than one of 255 levels
+    assert (draw(4, 0, 3) - four).abs().max() <= 1
+    assert (draw(2) - four[:2]).abs().max() <= 1
+    assert (draw(4, 1) - four).abs().max() > 10
+
+
+def test_neighboring_seeds_share_no_image():
+    first, second = ({g.initial_seed() for g in image_generators(seed, range(1000))} for seed in (0, 1))
+    assert len(first) == 1000
+    assert not first & second
+
+
+@pytest.mark.parametrize(("prediction_type", "clips"), [("v_prediction", False), ("epsilon", True)])
+def test_ddim_does_not_clip_what_v_prediction_predicts(prediction_type, clips):
+    config = MNISTDDPMScheduler(prediction_type=prediction_type).config
+    assert make_scheduler("ddim", config).config.clip_sample == clips
+    assert make_scheduler("ddpm", config).config.clip_sample
+
+
+def test_clipping_makes_black_pixels_gray():
+    """The packaged weights, 8 images in 20 steps: the reason why `make_scheduler` turns clipping off."""
+    pipe = load_pipeline(device="cpu")
+    black = {}
+    for clip in (False, True):
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=clip)
+        black[clip] = float((sample_tensor(pipe, 8, num_inference_steps=20) == 0).double().mean())
+    assert black[False] > black[True] + 0.2
+
+
+def test_heun_takes_small_steps_at_high_noise():
+    scheduler = make_scheduler("heun", MNISTDDPMScheduler(beta_schedule="squaredcos_cap_v2").config)
+    scheduler.set_timesteps(10)
+    sigmas = scheduler.sigmas.unique().flip(0)
+    assert sigmas[0] / sigmas[1] < 20  # 3,000 without Karras' sigmas
+
+
+def test_images_move_along_a_trajectory_to_the_sample(model):
+    pipe = load_pipeline(model, device="cpu")
+    steps = sample_trajectory(pipe, 2, num_inference_steps=3)
+    assert [len(images) for images in steps] == [4, 4, 4]
+    final = sample_tensor(pipe, 2, num_inference_steps=3)
+    for i, image in enumerate(steps[-1]):  # x_t and the predicted x_0 alike
+        assert np.abs(np.asarray(image, dtype=int) - final[i // 2, 0].int().numpy()).max() <= 1
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "heun"])
+def test_the_progress_bar_counts_whole_images(model, capsys, scheduler):
+    pipe = load_pipeline(model, scheduler, "cpu")
+    capsys.readouterr()
+    with warnings.catch_warnings(action="error", category=TqdmWarning):
+        list(sample(pipe, range(5), batch_size=2, num_inference_steps=3))
+    bars = capsys.readouterr().err.split("\r")
+    assert re.match(r"100%\|.*\| 5/5 \[", bars[-1])
+    assert not re.search(r"\d\.\d+/5", "".join(bars))
+
+
+def test_a_fresh_install_prints_no_advice(monkeypatch, model):
+    monkeypatch.setattr(import_utils, "_accelerate_available", False)
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("diffusers").addHandler(handler)
+    load_pipeline(model, device="cpu")
+    logging.getLogger("diffusers").removeHandler(handler)
+    assert [record.getMessage() for record in records] == []
+
+
+def test_weights_are_told_apart():
+    unet = small_pipeline().unet
+    other = copy.deepcopy(unet)
+    assert weights_digest(unet) == weights_digest(other)
+    with torch.no_grad():
+        other.conv_in.weight[0] += 1
+    assert weights_digest(unet) != weights_digest(other)
+
+
+def test_without_a_model_the_packaged_one_is_loaded():
+    packaged = MNISTDDPMPipeline.from_pretrained(PRETRAINED)
+    assert weights_digest(load_pipeline(device="cpu").unet) == weights_digest(packaged.unet)
+
+
+# Errors
+
+
+@pytest.mark.parametrize("model", ["", "no such folder", "a/b/c", "missing"])
+def test_a_missing_model_is_an_error_without_a_network(model):
+    with pytest.raises(ValueError, match="model"):
+        load_pipeline(model)
+
+
+def test_an_unknown_scheduler_is_an_error(model):
+    with pytest.raises(ValueError, match="scheduler"):
+        load_pipeline(model, "magic")
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.999])
+def test_weights_cut_short_are_an_error(tmp_path, kept):
+    small_pipeline().save_pretrained(tmp_path)
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
+    with pytest.raises(ValueError, match="model"):
+        load_pipeline(str(tmp_path))
