@@ -18,8 +18,8 @@ UNIFORM = uniform_probabilities(T)
 IMAGES = torch.arange(NUM_IMAGES, dtype=torch.uint8)[:, None, None, None].expand(NUM_IMAGES, 1, 2, 3)
 
 
-def batches(seed=0, batch_size=BATCH_SIZE):
-    return TrainingBatches(IMAGES, batch_size, UNIFORM, seed, torch.device("cpu"))
+def batches(seed=0, batch_size=BATCH_SIZE, images=IMAGES, random_flip=False):
+    return TrainingBatches(images, batch_size, UNIFORM, seed, torch.device("cpu"), random_flip)
 
 
 def indices(batch):
@@ -54,12 +54,29 @@ def test_order_does_not_depend_on_the_batch_size():
 
 @pytest.mark.parametrize(("micro_batches", "processes"), [(2, 1), (1, 2), (2, 2), (4, 1), (1, 4)])
 def test_a_step_is_the_same_however_it_is_divided(micro_batches, processes):
-    (whole,) = batches().micro_batches(7, 1)
-    shares = [batches().micro_batches(7, micro_batches, process, processes) for process in range(processes)]
+    run = batches(images=torch.randint(0, 256, (NUM_IMAGES, 1, 2, 3), dtype=torch.uint8), random_flip=True)
+    (whole,) = run.micro_batches(7, 1)
+    shares = [run.micro_batches(7, micro_batches, process, processes) for process in range(processes)]
     # micro-batch by micro-batch, and within it process by process
     parts = [shares[process][micro] for micro in range(micro_batches) for process in range(processes)]
     assert all(len(part.timesteps) == BATCH_SIZE // (micro_batches * processes) for part in parts)
     assert same(whole, [torch.cat(tensors) for tensors in zip(*parts, strict=True)])
+
+
+def test_half_of_the_images_are_flipped_by_seed_and_step():
+    images = torch.arange(3, dtype=torch.uint8).expand(1000, 1, 1, 3)  # 0 1 2, or flipped 2 1 0
+
+    def flipped(seed, step, random_flip=True):
+        (batch,) = batches(seed, 1000, images, random_flip).micro_batches(step, 1)
+        assert (batch.clean_images[..., 1] == 1 / 127.5 - 1).all()
+        return batch.clean_images[:, 0, 0, 0] > -1
+
+    assert not flipped(0, 0, random_flip=False).any()
+    assert abs(flipped(0, 0).float().mean() - 0.5) < 5 * 0.5 / 1000**0.5
+    assert torch.equal(flipped(0, 3), flipped(0, 3))
+    assert len({tuple(flipped(seed, step).tolist()) for seed in range(2) for step in range(2)}) == 4
+    plain, flipping = (batches(random_flip=flip).micro_batches(5, 1)[0] for flip in (False, True))
+    assert same(plain[1:], flipping[1:]), "noise and timesteps stay as they are"
 
 
 def test_a_step_does_not_depend_on_the_steps_before():

@@ -1,4 +1,3 @@
-import ast
 import contextlib
 import io
 import json
@@ -16,7 +15,7 @@ import pytest
 import torch
 import train
 from accelerate.state import AcceleratorState
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import AutoModel, DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.utils import _http
 from loopback_hub import READER, USER, WRITER
@@ -64,6 +63,10 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
 
 
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def new_process(code, *arguments, **environment):
     """Start Python on some code."""
     words = [sys.executable, "-c", code, *map(str, arguments)]
@@ -81,22 +84,13 @@ def assert_success(process):
 def test_saved_pipeline_is_self_contained(tmp_path, pipe):
     pipe.save_pretrained(tmp_path)
     assert files(tmp_path) == LAYOUT
-    index = json.loads((tmp_path / "model_index.json").read_text())
+    index = read_json(tmp_path / "model_index.json")
     assert index["_class_name"] == ["pipeline", "MNISTDDPMPipeline"]
     assert index["scheduler"] == ["schedulers", "MNISTDDPMScheduler"]
     assert index["unet"] == ["unet", "MNISTUNet2DModel"]
     package = Path(mnist_ddpm.__file__).parent
     for source in SOURCES:
-        assert (tmp_path / source).read_text() == (package / Path(source).name).read_text()
-
-
-@pytest.mark.parametrize("source", ["pipeline.py", "schedulers.py", "unet.py"])
-def test_source_files_stand_alone(source):
-    tree = ast.parse((Path(mnist_ddpm.__file__).parent / source).read_text())
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert not any(getattr(node, "level", 0) for node in imports)
-    modules = {getattr(node, "module", None) or node.names[0].name for node in imports}
-    assert not any(module.split(".")[0] == "mnist_ddpm" for module in modules)
+        assert (tmp_path / source).read_bytes() == (package / Path(source).name).read_bytes()
 
 
 def test_no_local_path_is_saved(tmp_path, pipe):
@@ -104,24 +98,23 @@ def test_no_local_path_is_saved(tmp_path, pipe):
     loaded = MNISTDDPMPipeline.from_pretrained(tmp_path / "first")
     loaded.save_pretrained(tmp_path / "second")
     for name in LAYOUT - {WEIGHTS}:
-        assert str(tmp_path) not in (tmp_path / "second" / name).read_text()
+        assert str(tmp_path) not in (tmp_path / "second" / name).read_text(encoding="utf-8")
 
 
-def test_schedulers_of_diffusers_need_no_copy(tmp_path, pipe):
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.save_pretrained(tmp_path)
-    assert files(tmp_path) == LAYOUT - {"scheduler/schedulers.py"}
-    assert isinstance(MNISTDDPMPipeline.from_pretrained(tmp_path).scheduler, DPMSolverMultistepScheduler)
-
-
-def test_own_unets_are_saved_as_diffusers_does(tmp_path, pipe):
+def test_classes_of_others_are_saved_as_diffusers_does(tmp_path, pipe):
     class OwnUNet(MNISTUNet2DModel):
         pass
 
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "scheduler")
+    assert files(tmp_path / "scheduler") == LAYOUT - {"scheduler/schedulers.py"}
+    assert isinstance(MNISTDDPMPipeline.from_pretrained(tmp_path / "scheduler").scheduler, DPMSolverMultistepScheduler)
     pipe.unet = OwnUNet.from_config(pipe.unet.config)
-    pipe.save_pretrained(tmp_path)
-    assert files(tmp_path) == LAYOUT - {"unet/unet.py"}
-    assert json.loads((tmp_path / "model_index.json").read_text())["unet"] == [__name__, "OwnUNet"]
+    pipe.save_pretrained(tmp_path / "unet")
+    assert files(tmp_path / "unet") == LAYOUT - {"scheduler/schedulers.py", "unet/unet.py"}
+    index = read_json(tmp_path / "unet" / "model_index.json")
+    assert index["unet"] == [__name__, "OwnUNet"]
+    assert "auto_map" not in index | read_json(tmp_path / "unet" / "unet" / "config.json")
 
 
 def test_every_way_of_publishing_writes_the_same(hub, tmp_path, monkeypatch, pipe):
@@ -134,7 +127,7 @@ def test_every_way_of_publishing_writes_the_same(hub, tmp_path, monkeypatch, pip
     pipe.save_pretrained(folder, push_to_hub=True, repo_id="by-path")
     pipe.save_pretrained(str(folder), push_to_hub=True, repo_id="by-text")
     pipe.save_pretrained(tmp_path / "by-name", push_to_hub=True)
-    pipe.push_to_hub("by-push")
+    pipe.push_to_hub("by-push")  # from a temporary folder
     publish(folder, f"{USER}/by-publish")
     main([str(folder), "by-command"])
     for repo in ("by-path", "by-text", "by-name", "by-push", "by-publish", "by-command"):
@@ -151,6 +144,23 @@ def test_weights_in_several_files_are_published(hub, tmp_path, pipe):
     pipe.save_pretrained(tmp_path, max_shard_size="50KB", push_to_hub=True, repo_id=REPO, token=WRITER)
     assert len([name for name in hub.files(REPO) if name.endswith(".safetensors")]) > 1
     same_images(MNISTDDPMPipeline.from_pretrained(REPO), pipe)
+
+
+def test_text_is_utf_8_whatever_the_locale(tmp_path):
+    """As on Windows: the card of a data set with a column in Chinese, and a pipeline saved and loaded."""
+    code = """
+import locale, sys, torch
+from mnist_ddpm import MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
+from mnist_ddpm.hub import add_scores, write_card
+assert locale.getencoding() != "UTF-8"
+unet = MNISTUNet2DModel(sample_size=8, block_out_channels=(8, 16), attention_head_dim=8)
+MNISTDDPMPipeline(unet=unet, scheduler=MNISTDDPMScheduler()).save_pretrained(sys.argv[1])
+write_card(sys.argv[1], parameters={"image_column": chr(0x56fe)})
+add_scores(sys.argv[1], {"fid": 1.5})
+MNISTDDPMPipeline.from_pretrained(sys.argv[1])
+"""
+    assert_success(new_process(code, tmp_path, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"))
+    assert "| image_column | \u56fe |" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_card_has_valid_metadata_and_the_repository_in_its_code(hub, pipe):
@@ -204,9 +214,9 @@ def test_scores_get_into_the_card_and_into_the_model_index(hub, tmp_path, monkey
     assert measured == [("ylecun/mnist", "fid", 1.25), ("ylecun/mnist", "precision", 0.875)]
 
     scores.write_text("{}")
-    with pytest.raises(SystemExit, match=r"error: --scores: .*scores.json has no `scores`"):
+    with pytest.raises(SystemExit, match="error: --scores must be"):
         main([str(folder), REPO, "--scores", str(scores)])
-    with pytest.raises(SystemExit, match=r"error: .*No such file.*missing.json"):
+    with pytest.raises(SystemExit, match=r"error: .*No such file"):
         main([str(folder), REPO, "--scores", "missing.json"])
 
 
@@ -230,25 +240,9 @@ def test_loads_with_the_plugin_and_no_trust(hub, pipe):
     assert type(loaded.unet) is MNISTUNet2DModel
     assert type(loaded.scheduler) is MNISTDDPMScheduler
     same_images(loaded, pipe)
-
-
-def test_components_can_be_replaced_on_loading(hub, pipe):
-    pipe.push_to_hub(REPO, token=WRITER)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    )
-    for scheduler in (DDIMScheduler(), MNISTDDIMScheduler()):
-        loaded = MNISTDDPMPipeline.from_pretrained(REPO, unet=unet, scheduler=scheduler)
-        assert loaded.unet is unet
-        assert loaded.scheduler is scheduler
-        assert loaded(num_inference_steps=2).images[0].size == (8, 8)
-    assert MNISTDDPMPipeline.from_pretrained(REPO, unet=pipe.unet).unet is pipe.unet
+    scheduler = DDIMScheduler()
+    replaced = MNISTDDPMPipeline.from_pretrained(REPO, unet=pipe.unet, scheduler=scheduler)
+    assert (replaced.unet, replaced.scheduler) == (pipe.unet, scheduler)
 
 
 @pytest.mark.parametrize("trust", [{}, {"trust_remote_code": True}], ids=["plugin", "remote code"])
@@ -268,7 +262,7 @@ def test_dtype_variant_and_device_map(hub, pipe, trust):
     assert loaded.hf_device_map == "cpu"
 
 
-def test_components_load_by_themselves(hub, pipe):
+def test_components_load_alone(hub, pipe):
     pipe.push_to_hub(REPO, token=WRITER)
     unet = MNISTUNet2DModel.from_pretrained(REPO, subfolder="unet")
     torch.testing.assert_close(dict(unet.state_dict()), dict(pipe.unet.state_dict()), atol=0, rtol=0)
@@ -283,7 +277,11 @@ def python_blocks(card):
     return [block.replace("num_inference_steps=50", "num_inference_steps=2") for block in blocks]
 
 
-def test_code_of_the_card_runs(hub, pipe):
+@pytest.mark.parametrize("learned", [False, True], ids=["fixed variance", "learned variance"])
+def test_code_of_the_card_runs(hub, learned, pipe):
+    if learned:
+        unet = MNISTUNet2DModel.from_config(pipe.unet.config, out_channels=2)
+        pipe = MNISTDDPMPipeline(unet=unet, scheduler=MNISTDDPMScheduler(variance_type="learned_range"))
     pipe.push_to_hub(REPO, token=WRITER)
     blocks = python_blocks(hub.files(REPO)["README.md"])
     assert len(blocks) == 3
@@ -293,28 +291,24 @@ def test_code_of_the_card_runs(hub, pipe):
         assert len(results["images"]) == 16 if "images" in results else results["unet"].num_parameters() > 0
 
 
+def test_auto_model_finds_the_unet(hub, tmp_path, pipe):
+    pipe.save_pretrained(tmp_path, push_to_hub=True, repo_id=REPO, token=WRITER)
+    for place, subfolder in ((str(tmp_path), "unet"), (REPO, "unet"), (str(tmp_path / "unet"), None)):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            AutoModel.from_pretrained(place, subfolder=subfolder)
+        unet = AutoModel.from_pretrained(place, subfolder=subfolder, trust_remote_code=True)
+        assert type(unet).__name__ == "MNISTUNet2DModel"
+        torch.testing.assert_close(dict(unet.state_dict()), dict(pipe.unet.state_dict()), atol=0, rtol=0)
+
+
 def test_loads_from_the_cache_without_a_network(hub, no_waits, pipe):
     pipe.push_to_hub(REPO, token=WRITER)
-    loads = [
-        lambda **options: MNISTDDPMPipeline.from_pretrained(REPO, **options).unet,
-        lambda **options: (
-            DiffusionPipeline.from_pretrained(
-                snapshot_download(REPO, **options),
-                trust_remote_code=True,  # for the id, diffusers asks the Hub each time
-            ).unet
-        ),
-        lambda **options: MNISTUNet2DModel.from_pretrained(REPO, subfolder="unet", **options),
-        lambda **options: MNISTDDPMScheduler.from_pretrained(REPO, subfolder="scheduler", **options),
-        lambda **options: MNISTDDIMScheduler.from_pretrained(REPO, subfolder="scheduler", **options),
-    ]
-    online = [load(force_download=True) for load in loads]
+    MNISTDDPMPipeline.from_pretrained(REPO, force_download=True)
+    folder = snapshot_download(REPO, force_download=True)
     with hub.refusing_connections():
-        for load, expected in zip(loads, online, strict=True):
-            for loaded in (load(), load(local_files_only=True)):
-                for name in set(expected.config) - {"_name_or_path"}:
-                    assert loaded.config[name] == expected.config[name]
-                if isinstance(loaded, torch.nn.Module):
-                    torch.testing.assert_close(dict(loaded.state_dict()), dict(pipe.unet.state_dict()), atol=0, rtol=0)
+        same_images(MNISTDDPMPipeline.from_pretrained(REPO), pipe)
+        same_images(MNISTDDPMPipeline.from_pretrained(REPO, local_files_only=True), pipe)
+        same_images(DiffusionPipeline.from_pretrained(folder, trust_remote_code=True), pipe)
 
 
 def test_loads_from_a_revision(hub, pipe):
@@ -325,25 +319,20 @@ def test_loads_from_a_revision(hub, pipe):
         pipe.unet.conv_in.weight.mul_(2)
     pipe.push_to_hub(REPO, token=WRITER)
     same_images(MNISTDDPMPipeline.from_pretrained(REPO), pipe)
-    torch.testing.assert_close(
-        images(MNISTDDPMPipeline.from_pretrained(REPO, revision=revision)), expected, atol=1e-4, rtol=0
-    )
+    first = images(MNISTDDPMPipeline.from_pretrained(REPO, revision=revision))
+    torch.testing.assert_close(first, expected, atol=1e-4, rtol=0)
     with pytest.raises(OSError, match="no such revision"):
         MNISTDDPMPipeline.from_pretrained(REPO, revision="missing")
 
 
 def test_private_repositories_need_a_token(hub, pipe):
-    pipe.push_to_hub(REPO, token=WRITER, private=True)
-    same_images(MNISTDDPMPipeline.from_pretrained(REPO, token=READER, force_download=True), pipe)
-    other = f"{USER}/secret"
-    pipe.push_to_hub(other, token=WRITER, private=True)
+    secret = f"{USER}/secret"
+    pipe.push_to_hub(secret, token=WRITER, private=True)
     for options in ({}, {"token": "hf_wrongToken"}):
-        with pytest.raises(OSError, match=f"cannot load '{other}' from the Hub: check the name, the token") as error:
-            MNISTDDPMPipeline.from_pretrained(other, **options)
+        with pytest.raises(OSError, match=f"cannot load '{secret}' from the Hub: check the name, the token") as error:
+            MNISTDDPMPipeline.from_pretrained(secret, **options)
         assert "hf_wrongToken" not in str(error.value)
-    same_images(MNISTDDPMPipeline.from_pretrained(other, token=READER), pipe)
-    MNISTUNet2DModel.from_pretrained(other, subfolder="unet", token=READER, force_download=True)
-    MNISTDDPMScheduler.from_pretrained(other, subfolder="scheduler", token=READER, force_download=True)
+    same_images(MNISTDDPMPipeline.from_pretrained(secret, token=READER), pipe)
 
 
 def test_repository_saved_by_an_earlier_version_gives_the_images_that_it_gave(hub):
@@ -418,9 +407,7 @@ def test_pickled_weights_are_refused_on_every_way_in(hub, tmp_path, pipe, option
         ):
             with pytest.raises((OSError, ValueError), match=r"safetensors|no such modeling files"):
                 load(place, **variant, **more)
-            with pytest.raises(
-                (OSError, ValueError), match=r"`?use_safetensors`? must be True|no such modeling files"
-            ):
+            with pytest.raises((OSError, ValueError), match=r"use_safetensors must be|no such modeling files"):
                 load(place, use_safetensors=False, **variant, **more)
     assert not trace.exists()
     torch.load(next((folder / "unet").glob("*.bin")), weights_only=False)
@@ -440,9 +427,9 @@ def test_pickles_beside_safetensors_are_left_alone(hub, tmp_path, pipe):
 
 
 def test_pickles_are_not_written(tmp_path, pipe):
-    with pytest.raises(ValueError, match="`safe_serialization` must be True"):
+    with pytest.raises(ValueError, match="safe_serialization must be"):
         pipe.save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(ValueError, match="`safe_serialization` must be True"):
+    with pytest.raises(ValueError, match="safe_serialization must be"):
         pipe.push_to_hub(REPO, safe_serialization=False)
 
 
@@ -454,39 +441,6 @@ def test_pickled_classifiers_are_refused(tmp_path):
     torch.save(classifier.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         ClassifierFeatures.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("token", [f"{WRITER}\nx", f"{WRITER}\u00e9"])
-def test_a_token_that_no_header_can_carry_is_refused_and_not_printed(hub, tmp_path, pipe, token):
-    hub.add(REPO)
-    pipe.save_pretrained(tmp_path)
-    for call in (
-        lambda: check_repository(REPO, token=token),
-        lambda: publish(tmp_path, REPO, token=token),
-        lambda: pipe.push_to_hub(REPO, token=token),
-        lambda: pipe.save_pretrained(tmp_path, push_to_hub=True, repo_id=REPO, token=token),
-        lambda: MNISTDDPMPipeline.from_pretrained(REPO, token=token),
-        lambda: MNISTUNet2DModel.from_pretrained(REPO, subfolder="unet", token=token),
-        lambda: MNISTDDPMScheduler.from_pretrained(REPO, subfolder="scheduler", token=token),
-        lambda: MNISTDDIMScheduler.from_pretrained(REPO, subfolder="scheduler", token=token),
-    ):
-        with pytest.raises((ValueError, RuntimeError, OSError), match="token") as error:
-            call()
-        assert WRITER not in str(error.value)
-        assert error.value.__cause__ is None
-        assert error.value.__context__ is None or error.value.__suppress_context__
-    assert not hub.requests
-
-
-@pytest.mark.parametrize(
-    ("name", "entry"), [("unet", None), ("unet", ["unet"]), ("scheduler", [1, 2]), ("_class_name", 7)]
-)
-def test_damaged_index_is_refused(tmp_path, pipe, name, entry):
-    pipe.save_pretrained(tmp_path)
-    path = tmp_path / "model_index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {name: entry}))
-    with pytest.raises(ValueError, match=f"model_index.json: `{name}` must name a module and a class"):
-        MNISTDDPMPipeline.from_pretrained(tmp_path)
 
 
 # Faults
@@ -527,21 +481,17 @@ def test_check_repository_creates_it_and_returns_its_full_name(hub):
         (REPO, "hf_wrongToken", "token is missing, wrong or expired"),
         (REPO, READER, "token may not write there"),
         ("somebody/mnist-ddpm", WRITER, "token may not write there"),
+        ("somebody/theirs", WRITER, "token may not write there"),
         ("a/b/c", WRITER, "Repo id must be in the form"),
     ],
 )
 def test_wrong_token_or_name_is_found_before_the_training(hub, repo_id, token, remedy):
+    hub.add("somebody/theirs")
     with pytest.raises(RuntimeError, match=rf"cannot push to the repository '{repo_id}': .*{remedy}") as error:
         check_repository(repo_id, token=token)
     assert token not in str(error.value)
     assert error.value.__cause__ is None
     assert error.value.__suppress_context__
-
-
-def test_repository_of_somebody_else_is_found_before_the_training(hub):
-    hub.add("somebody/mnist-ddpm")
-    with pytest.raises(RuntimeError, match="token may not write there"):
-        check_repository("somebody/mnist-ddpm", token=WRITER)
 
 
 def test_missing_token(hub, tmp_path, monkeypatch, pipe):
@@ -555,12 +505,13 @@ def test_missing_token(hub, tmp_path, monkeypatch, pipe):
     assert set(hub.files(REPO)) == LAYOUT | {".gitattributes"}
 
 
-FAULTS = [401, 403, 409, 500, "drop", "cut"]
-ENDPOINTS = ["create", "resolve", "validate_yaml", "preupload", "lfs_batch", "lfs_put", "commit"]
+FAULTS = [401, 500, "drop", "cut"]
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-@pytest.mark.parametrize("endpoint", ENDPOINTS)
+@pytest.mark.parametrize(
+    "endpoint", ["create", "resolve", "validate_yaml", "preupload", "lfs_batch", "lfs_put", "commit"]
+)
 def test_a_push_that_fails_says_what_to_do_and_leaves_the_pipeline(hub, no_waits, tmp_path, pipe, endpoint, kind):
     pipe.save_pretrained(tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in LAYOUT - {"README.md"}}
@@ -574,10 +525,9 @@ def test_a_push_that_fails_says_what_to_do_and_leaves_the_pipeline(hub, no_waits
     same_images(MNISTDDPMPipeline.from_pretrained(REPO, force_download=True), pipe)
 
 
-@pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("endpoint", ["create", "preupload"])
-def test_a_hub_in_trouble_is_found_before_the_training(hub, no_waits, endpoint, kind):
-    with hub.fault(endpoint, kind), pytest.raises(RuntimeError) as error:
+def test_a_hub_in_trouble_is_found_before_the_training(hub, no_waits, endpoint):
+    with hub.fault(endpoint, 500), pytest.raises(RuntimeError) as error:
         check_repository(REPO, token=WRITER)
     assert_clear(error)
 
@@ -595,13 +545,6 @@ def test_refused_connections(hub, no_waits, tmp_path, pipe):
             MNISTDDPMPipeline.from_pretrained(f"{USER}/never-seen")
 
 
-@pytest.mark.parametrize("endpoint", ["create", "preupload", "lfs_put", "commit", "resolve", "info", "tree"])
-def test_a_slow_hub_is_waited_for(hub, pipe, endpoint):
-    with hub.fault(endpoint, "slow"):
-        pipe.push_to_hub(REPO, token=WRITER)
-        same_images(MNISTDDPMPipeline.from_pretrained(REPO, force_download=True), pipe)
-
-
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("endpoint", ["info", "tree", "resolve"])
 def test_a_download_that_fails_names_the_repository(hub, no_waits, pipe, endpoint, kind):
@@ -616,14 +559,12 @@ def test_a_download_that_fails_names_the_repository(hub, no_waits, pipe, endpoin
     same_images(MNISTDDPMPipeline.from_pretrained(repo), pipe)
 
 
-@pytest.mark.parametrize("way", ["save_pretrained", "push_to_hub", "publish"])
+@pytest.mark.parametrize("way", ["save_pretrained", "push_to_hub"])
 def test_the_command_that_a_failed_push_names_pushes(hub, tmp_path, monkeypatch, pipe, way):
     folder = tmp_path / "a folder"
-    pipe.save_pretrained(folder)
     pushes = {
         "save_pretrained": lambda: pipe.save_pretrained(folder, push_to_hub=True, repo_id=REPO, private=True),
         "push_to_hub": lambda: pipe.push_to_hub(REPO, private=True),
-        "publish": lambda: publish(folder, REPO, private=True),
     }
     monkeypatch.setenv("HF_TOKEN", WRITER)
     with hub.fault("create", 500), pytest.raises(RuntimeError, match="the Hub is in trouble: try again") as error:
@@ -631,31 +572,25 @@ def test_the_command_that_a_failed_push_names_pushes(hub, tmp_path, monkeypatch,
     push_again(error, monkeypatch)
     assert set(hub.files(REPO)) == LAYOUT | {".gitattributes"}
     assert hub.repos["models", REPO].private
-    assert hub.files(REPO)[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+    same_images(MNISTDDPMPipeline.from_pretrained(REPO, token=READER, force_download=True), pipe)
 
 
-@pytest.mark.slow
-def test_the_command_that_a_failed_push_names_is_a_shell_line(hub, tmp_path, pipe):
-    folder = tmp_path / "a folder"
-    pipe.save_pretrained(folder)
-    with hub.fault("commit", 500), pytest.raises(RuntimeError) as error:
-        publish(folder, REPO, token=WRITER)
-    command = str(error.value).partition(" with: ")[2]
-    subprocess.run(command, shell=True, check=True, cwd=tmp_path, env={**os.environ, "HF_TOKEN": WRITER})
-    assert set(hub.files(REPO)) == LAYOUT | {".gitattributes"}
-
-
-def test_a_copy_without_the_package_names_the_command_of_the_hub(hub, tmp_path, pipe):
+def test_a_copy_without_the_package_pushes_as_diffusers_does(hub, tmp_path, pipe):
     pipe.save_pretrained(tmp_path)
     copy = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
-    with pytest.raises(RuntimeError, match="no Hub token") as error:
-        copy.save_pretrained(tmp_path, push_to_hub=True, repo_id=REPO, private=True)
-    assert str(error.value).endswith(f"push it again with: hf upload {REPO} {tmp_path} . --private")
+    assert type(copy) is not MNISTDDPMPipeline
+    copy.push_to_hub(REPO, token=WRITER, private=True)
+    copy.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="again", token=WRITER)
+    for repo in (REPO, f"{USER}/again"):
+        assert set(hub.files(repo)) - {".gitattributes"} == LAYOUT
+        same_images(MNISTDDPMPipeline.from_pretrained(repo, token=READER), pipe)
+    with pytest.raises(ValueError, match="safe_serialization must be"):
+        copy.save_pretrained(tmp_path, safe_serialization=False)
 
 
 def test_command_line_says_what_is_wrong_in_one_line(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", WRITER)
-    with pytest.raises(SystemExit, match=r"error: `folder` must hold what `save_pretrained` writes, but .* has no"):
+    with pytest.raises(SystemExit, match="error: folder must be"):
         main([str(tmp_path), REPO])
 
 
@@ -701,11 +636,6 @@ def test_neither_token_nor_folder_is_published_or_kept(hub, trained, tmp_path, c
     assert not any(WRITER.encode() in content for content in [*hub.files(REPO).values(), *written])
     assert not any(str(tmp_path).encode() in content for content in hub.files(REPO).values())
     assert WRITER not in caplog.text + "".join(capfd.readouterr())
-
-
-def test_flags_are_not_abbreviated_so_that_the_token_can_be_told(capsys):
-    with pytest.raises(SystemExit):
-        train.parse_args(["--hub_tok", WRITER])
 
 
 @pytest.mark.parametrize(
@@ -844,7 +774,8 @@ def test_what_training_publishes_loads_in_new_processes_with_the_plugin_and_with
     ]
     for process in processes:
         assert_success(process)
-    assert files(saved) == set(hub.files(again)) - {".gitattributes"} == LAYOUT
+    assert files(saved) == LAYOUT - {"README.md"}
+    assert set(hub.files(again)) == LAYOUT | {".gitattributes"}
     expected = images(MNISTDDPMPipeline.from_pretrained(folder))
     for place in (saved, again):
         torch.testing.assert_close(images(MNISTDDPMPipeline.from_pretrained(place)), expected, atol=1e-4, rtol=0)

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from diffusers import UNet2DModel
+from diffusers.optimization import get_scheduler
 from torch import nn
 
 from mnist_ddpm import MNISTUNet2DModel
-from mnist_ddpm.training.optimizers import MuonAdamW, hidden_matrices, orthogonalize
+from mnist_ddpm.training import TrainingArguments
+from mnist_ddpm.training.optimizers import MuonAdamW, hidden_matrices, learning_rate_factor, orthogonalize
 
 
 def parameter(*shape, seed=0):
@@ -82,7 +84,24 @@ def test_both_learning_rates_follow_one_schedule():
     assert [group["lr"] for group in optimizer.param_groups] == [0.005, 0.001]
 
 
-def test_a_saved_state_goes_on_bit_for_bit():
+@pytest.mark.parametrize(
+    "name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+)
+def test_schedules_are_those_of_diffusers(name):
+    optimizer = torch.optim.SGD([parameter(1)], lr=1.0)
+    reference = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=20).lr_lambdas[0]
+    args = TrainingArguments(lr_scheduler=name, lr_warmup_steps=3)
+    factors = [learning_rate_factor(step, 20, args) for step in range(20)]
+    assert factors == pytest.approx([reference(step) for step in range(20)], abs=1e-6)
+
+
+def test_the_last_steps_fall_linearly_to_0():
+    args = TrainingArguments(lr_scheduler="constant_with_warmup", lr_warmup_steps=2, lr_decay_steps=4)
+    factors = [learning_rate_factor(step, 9, args) for step in range(10)]
+    assert factors == [0, 0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
+
+
+def test_a_saved_state_resumes_bit_for_bit():
     def step(optimizer, parameters, number):
         for p in parameters:
             p.grad = parameter(*p.shape, seed=number).grad

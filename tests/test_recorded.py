@@ -50,10 +50,11 @@ def train(output_dir: Path) -> list[dict[str, float]]:
     sys.path.append(str(HERE.parent / "examples"))
     from train import main, parse_args
 
+    unet = ["--model_config_name_or_path", str(RECORDED / "unet")]  # that of 0.1.0, without `pixel_gain`
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        main(parse_args([*TRAINING.split(), "--output_dir", str(output_dir)]))
+        main(parse_args([*TRAINING.split(), *unet, "--output_dir", str(output_dir)]))
     finally:
         torch.set_num_threads(threads)
     return [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]

@@ -135,7 +135,7 @@ def test_an_interrupt_ends_its_own_call_alone():
     )
     assert_equal(calls[1:], alone[1:])
     assert not torch.equal(calls[0], alone[0])
-    assert not pipe.interrupt
+    assert not pipe._interrupt
 
 
 def test_what_is_swapped_while_calls_run_is_for_the_next_ones():

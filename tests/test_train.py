@@ -1,4 +1,4 @@
-"""`examples/train.py`, from the flags to the saved pipeline, on a few small images."""
+"""Training, from the arguments to the saved pipeline, on a few small images."""
 
 import itertools
 import json
@@ -9,42 +9,34 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
-import datasets
 import numpy as np
 import pytest
 import torch
 import train
 from accelerate.state import AcceleratorState
+from diffusers import UNet2DModel
 from loopback_hub import READER, USER, WRITER
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_training import UNET, command_line, write_images, write_workplace
 
 from mnist_ddpm import MNISTDDPMPipeline, MNISTUNet2DModel
 from mnist_ddpm.likelihood import log_snr_betas
-from mnist_ddpm.sampling import load_pipeline
+from mnist_ddpm.training import Trainer, TrainingArguments
 from mnist_ddpm.training.checkpoints import list_checkpoints
+from mnist_ddpm.training.model import _load_weights
+from mnist_ddpm.training.optimizers import learning_rate_factor
 
-NUM_IMAGES = 24
-UNET = {"block_out_channels": (4, 8), "attention_head_dim": 4, "layers_per_block": 1, "norm_num_groups": 2}
+PEER_UNET = {"in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 2}
+PEER_UNET |= {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+PEER_UNET |= {"sample_size": 8, "block_out_channels": (4, 8)}
 
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory):
-    """A folder with images in Parquet files, and with U-Net configs."""
-    folder = tmp_path_factory.mktemp("train")
-    pixels = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 8, 8), dtype=np.uint8)
-    images = [Image.fromarray(image) for image in pixels]
-    rows = {"image": images, "picture": images, "label": [0] * NUM_IMAGES}
-    features = datasets.Features(
-        {"image": datasets.Image(), "picture": datasets.Image(), "label": datasets.Value("int64")}
-    )
-    images = datasets.Dataset.from_dict(rows, features)
-    for split, count in (("train", NUM_IMAGES), ("test", 16)):
-        images.select(range(count)).to_parquet(folder / "images" / f"{split}-00000-of-00001.parquet")
-    for size in (4, 8):
-        MNISTUNet2DModel(sample_size=size, **UNET).save_config(folder / f"unet-{size}")
-    return folder
+    return write_workplace(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture
@@ -52,23 +44,8 @@ def make_trainer(workplace, tmp_path):
     """A run with some flags, of six steps of four images unless they say otherwise."""
 
     def make_trainer(*flags, output_dir=tmp_path / "run"):
-        from mnist_ddpm.training.trainer import Trainer
-
         AcceleratorState._reset_state(reset_partial_state=True)
-        defaults = {
-            "--dataset_name": workplace / "images",
-            "--cache_dir": workplace / "cache",
-            "--model_config_name_or_path": workplace / "unet-8",
-            "--output_dir": output_dir,
-            "--mixed_precision": "no",
-            "--train_batch_size": 4,
-            "--lr_warmup_steps": 2,
-            "--eval_batch_size": 2,
-            "--ddpm_num_inference_steps": 2,
-            "--logger": "none",
-        } | ({} if "--num_epochs" in flags else {"--max_train_steps": 6})
-        argv = [*(part for default in defaults.items() for part in default), *flags]
-        return Trainer(train.parse_args(list(map(str, argv))))
+        return Trainer(train.parse_args(command_line(workplace, *flags, output_dir=output_dir)))
 
     return make_trainer
 
@@ -237,57 +214,13 @@ def test_token_that_may_not_write_is_found_before_training(run, hub, tmp_path):
     assert not list(tmp_path.glob("run/*"))
 
 
-# Flags
-
-
-def test_help_and_mistakes_answer_without_torch():
-    code = "import sys, train; train.parse_args([]); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(train.__file__)).returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        ("--train_batch_size", "0"),
-        ("--num_epochs", "1.5"),
-        ("--learning_rate", "nan"),
-        ("--learning_rate", "0"),
-        ("--adam_beta1", "1"),
-        ("--ema_max_decay", "-0.1"),
-        ("--snr_gamma", "0"),
-        ("--max_grad_norm", "0"),
-        ("--seed", "-1"),
-        ("--prediction_type", "noise"),
-        ("--lr_scheduler", "step"),
-        ("--logger", "pen"),
-        ("--ddpm_num_inference_steps", "1001"),
-        ("--mixed_precision", "int8"),
-        ("--lerning_rate", "1"),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(capsys, flag, value):
-    with pytest.raises(SystemExit):
-        train.parse_args([flag, value])
-    assert flag in capsys.readouterr().err
-
-
-def test_learning_rate_follows_its_schedule(run):
-    def rates(*flags):
-        output_dir = run("--learning_rate", 0.002, "--overwrite_output_dir", *flags)
-        return [record["lr"] / 0.002 for record in read_log(output_dir)]
-
-    assert rates("--lr_scheduler", "constant") == pytest.approx([1] * 6)
-    assert rates("--lr_scheduler", "linear", "--lr_warmup_steps", 3) == pytest.approx(
-        [0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3]
-    )
-    half_cosine = [(1 + np.cos(np.pi * step / 4)) / 2 for step in range(4)]
-    assert rates("--lr_scheduler", "cosine", "--lr_warmup_steps", 2) == pytest.approx([0, 0.5, *half_cosine])
+# What the arguments do
 
 
 def test_gradient_is_clipped_to_its_norm(run):
     """With SGD-like Adam (betas 0, a large epsilon) the first update is the clipped gradient itself, scaled."""
-    flags = ["--adam_beta1", 0, "--adam_beta2", 0, "--adam_epsilon", 1e6, "--learning_rate", 1e6]
-    flags += ["--lr_scheduler", "constant", "--checkpointing_steps", 1, "--adam_weight_decay", 0]
+    flags = ["--optimizer", "adamw", "--adam_beta1", 0, "--adam_beta2", 0, "--adam_epsilon", 1e6]
+    flags += ["--learning_rate", 1e6, "--lr_scheduler", "constant", "--checkpointing_steps", 1]
     norms = {}
     for max_grad_norm in ("inf", 0.01):
         output_dir = run(*flags, "--max_grad_norm", max_grad_norm, "--max_train_steps", 2, "--overwrite_output_dir")
@@ -303,7 +236,7 @@ def test_gradient_is_clipped_to_its_norm(run):
 
 def test_weight_decay_shrinks_the_weights(run):
     flags = ["--learning_rate", 1e-9, "--lr_scheduler", "constant", "--max_train_steps", 2, "--checkpointing_steps", 1]
-    output_dir = run(*flags, "--adam_weight_decay", 1e8)  # AdamW: times 1 - 1e-9 * 1e8 = 0.9
+    output_dir = run(*flags, "--optimizer", "adamw", "--adam_weight_decay", 1e8)  # AdamW: times 1 - 1e-9 * 1e8 = 0.9
     first, second = weights_at(output_dir, 1), weights_at(output_dir, 2)
     torch.testing.assert_close(second, {name: 0.9 * value for name, value in first.items()}, rtol=1e-4, atol=1e-7)
 
@@ -335,10 +268,9 @@ def test_a_learned_variance_is_trained_saved_and_sampled_with(run, tmp_path, los
     assert (prediction != 0).any()
     assert (variance != 0).any()
     assert (output_dir / "samples.png").exists()
-    for scheduler in ("ddpm", "ddim", "dpmsolver_multistep"):
-        images = load_pipeline(str(output_dir), scheduler)(2, num_inference_steps=3, output_type="pt").images
-        assert images.shape == (2, 1, 8, 8)
-    with pytest.raises(ValueError, match="--variance_type learned_range needs 2 channels: change the config"):
+    images = pipe(2, num_inference_steps=3, output_type="pt").images
+    assert images.shape == (2, 1, 8, 8)
+    with pytest.raises(ValueError, match="model_config_name_or_path must be a U-Net that makes 2 channels"):
         run(*flags[2:], "--loss_type", loss_type, "--overwrite_output_dir")
 
 
@@ -348,44 +280,37 @@ def test_vlb_trains_the_prediction_of_a_fixed_variance(run):
     assert (saved_weights(output_dir)["conv_out.bias"] != 0).any()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--variance_type learned_range", "needs --loss_type hybrid or vlb"),
-        ("--loss_type hybrid", "needs --variance_type learned_range"),
-        ("--ddpm_log_snr 6 -2 --ddpm_beta_schedule linear", "exclude each other"),
-        ("--ddpm_log_snr 6", "--ddpm_log_snr"),
-        ("--loss_type l1", "--loss_type"),
-        ("--variance_type learned", "--variance_type"),
-    ],
-)
-def test_losses_and_variances_that_do_not_go_together_are_refused(capsys, flags, message):
-    with pytest.raises(SystemExit):
-        train.parse_args(flags.split())
-    assert message in capsys.readouterr().err
-
-
 def test_snr_gamma_and_the_seed_change_the_loss(run):
     curves = [losses(run(*flags, "--overwrite_output_dir")) for flags in ([], ["--snr_gamma", 1], ["--seed", 1])]
     assert all(a != b for a, b in zip(curves[0], curves[1], strict=True))
     assert all(a != b for a, b in zip(curves[0], curves[2], strict=True))
 
 
-def test_split_column_and_resolution_say_which_images(run, workplace):
+def test_split_column_and_resolution_say_which_images(run, tmp_path):
     output_dir = run(
         "--split", "test", "--image_column", "picture", "--save_images_epochs", 1, "--save_images_steps", 0
     )
     assert names(output_dir / "samples") == ["step-00000004.png", "step-00000006.png"]  # 16 images in 4 steps
-    flags = ["--resolution", 4, "--model_config_name_or_path", workplace / "unet-4", "--overwrite_output_dir"]
+    MNISTUNet2DModel(sample_size=4, **UNET).save_config(tmp_path / "unet")
+    flags = ["--resolution", 4, "--model_config_name_or_path", tmp_path / "unet", "--overwrite_output_dir"]
     assert MNISTDDPMPipeline.from_pretrained(run(*flags, "--max_train_steps", 1)).unet.config.sample_size == 4
 
 
-def test_diffusers_unet_trains_too(run, tmp_path):
-    from diffusers import UNet2DModel
+def test_gray_images_train_as_rgb_where_channels_say_so(run, tmp_path):
+    config = MNISTUNet2DModel(sample_size=8, **UNET).config
+    (tmp_path / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in ("in_channels", "out_channels")}).replace(
+            "{", '{"_class_name": "MNISTUNet2DModel", ', 1
+        )
+    )
+    pipe = MNISTDDPMPipeline.from_pretrained(
+        run("--model_config_name_or_path", tmp_path, "--channels", 3, "--max_train_steps", 1)
+    )
+    assert (pipe.unet.config.in_channels, pipe.unet.config.out_channels) == (3, 3)
 
-    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    unet = UNet2DModel(8, 1, 1, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, **blocks)
-    unet.save_config(tmp_path / "unet")
+
+def test_diffusers_unet_trains_too(run, tmp_path):
+    UNet2DModel(**PEER_UNET).save_config(tmp_path / "unet")
     output_dir = run("--model_config_name_or_path", tmp_path / "unet", "--max_train_steps", 1)
     assert isinstance(MNISTDDPMPipeline.from_pretrained(output_dir).unet, UNet2DModel)
 
@@ -408,6 +333,24 @@ def test_half_precision_trains_close_to_float32(run, precision):
     assert half[-10:].mean() == pytest.approx(float32[-10:].mean(), rel=0.002)
 
 
+def test_accelerates_own_compilation_is_reported_saved_and_resumed(run, caplog, monkeypatch, tmp_path):
+    """As of `accelerate launch --dynamo_backend eager`."""
+    flags = ["--no-use_ema", "--checkpointing_steps", 3]
+    plain = run(*flags)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    compiled = run(*flags, output_dir=tmp_path / "compiled")
+    assert "torch.compile on (by Accelerate)" in caplog.text
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    assert saved_weights(compiled).keys() == saved_weights(plain).keys()
+    resumed = run(*flags, "--resume_from_checkpoint", compiled / "checkpoint-3", output_dir=tmp_path / "resumed")
+    assert losses(resumed) == losses(compiled)[3:]
+
+
+def test_training_in_a_thread(make_trainer):
+    with ThreadPoolExecutor() as threads:
+        threads.submit(make_trainer("--max_train_steps", 1).train).result()
+
+
 @pytest.mark.slow
 def test_compiled_training_gives_the_same_losses(run):
     plain, compiled = losses(run()), losses(run("--compile", "--overwrite_output_dir"))
@@ -420,18 +363,49 @@ def test_accumulated_micro_batches_are_one_batch(run):
     np.testing.assert_allclose(parts, whole, rtol=1e-4)
 
 
+# Starting from saved weights
+
+
+@pytest.mark.parametrize("saved", ["", "unet"], ids=["pipeline", "U-Net"])
+@pytest.mark.parametrize("config", [None, "unet"], ids=["its config", "a config"])
+def test_a_run_starts_from_saved_weights(run, workplace, tmp_path, saved, config, caplog):
+    source = run(output_dir=tmp_path / "source")
+    assert "new weights (--init_from takes saved ones)" in caplog.text
+    args = train.parse_args(command_line(workplace, "--init_from", source / saved, output_dir=tmp_path / "run"))
+    args.model_config_name_or_path = config and str(workplace / config)
+    trainer = Trainer(args)
+    assert equal(trainer.unet.state_dict(), saved_weights(source))
+    assert equal(trainer.published_pipeline().unet.state_dict(), saved_weights(source))
+    assert f"weights from {source / saved}" in caplog.text
+
+
+def test_weights_of_another_unet_are_named(run, tmp_path):
+    MNISTUNet2DModel(sample_size=8, **UNET | {"layers_per_block": 2}).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"init_from must .* Without --model_config_name_or_path"):
+        run("--init_from", tmp_path / "other")
+    with pytest.raises(OSError, match=r"init_from must be a folder or Hub id .*nowhere"):
+        run("--init_from", tmp_path / "nowhere")
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_labels_may_come_in_after_the_weights(tmp_path):
+    unconditional = UNet2DModel(**PEER_UNET)
+    unconditional.save_pretrained(tmp_path)
+    conditional = UNet2DModel(**PEER_UNET, num_class_embeds=10)
+    embedding = conditional.class_embedding.weight.clone()
+    _load_weights(conditional, str(tmp_path))
+    assert torch.equal(conditional.conv_in.weight, unconditional.conv_in.weight)
+    assert torch.equal(conditional.class_embedding.weight, embedding)
+
+
 # Resuming
 
 
-def test_to_resume_and_to_overwrite_exclude_each_other(capsys):
-    with pytest.raises(SystemExit):
-        train.parse_args(["--overwrite_output_dir", "--resume_from_checkpoint", "latest"])
-    assert "exclude each other" in capsys.readouterr().err
-
-
-def test_resumed_run_ends_bit_identical(run, tmp_path):
-    whole = run("--checkpointing_steps", 3, "--save_images_steps", 1)
-    resumed = run("--resume_from_checkpoint", whole / "checkpoint-3", output_dir=tmp_path / "resumed")
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_resumed_run_ends_bit_identical(run, tmp_path, optimizer):
+    flags = ["--optimizer", optimizer, "--random_flip"]
+    whole = run(*flags, "--checkpointing_steps", 3, "--save_images_steps", 1)
+    resumed = run(*flags, "--resume_from_checkpoint", whole / "checkpoint-3", output_dir=tmp_path / "resumed")
     assert read_log(resumed) == read_log(whole)[3:]
     assert content(resumed / "checkpoint-6") == content(whole / "checkpoint-6")
     assert equal(saved_weights(resumed), saved_weights(whole))
@@ -439,7 +413,7 @@ def test_resumed_run_ends_bit_identical(run, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_run_goes_on_to_the_same_end(run, tmp_path, caplog, number):
+def test_stopped_run_resumes_to_the_same_end(run, tmp_path, caplog, number):
     flags = ["--max_train_steps", 100, "--eval_batch_size", 1, "--save_images_steps", 0, "--save_images_epochs", 10]
     whole = run(*flags, output_dir=tmp_path / "whole")
 
@@ -536,7 +510,7 @@ def test_latest_passes_over_a_checkpoint_cut_short(run, caplog):
     weights = output_dir / "checkpoint-6" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     run("--checkpointing_steps", 2, "--resume_from_checkpoint", "latest")
-    assert "checkpoint-6 is damaged: model.safetensors is not what was written. Passing over it." in caplog.text
+    assert "checkpoint-6: model.safetensors. Skipping it." in caplog.text
     assert (output_dir / "train_log.jsonl").read_bytes() == log
     assert {step: content(output_dir / f"checkpoint-{step}") for step in (2, 4, 6)} == whole
 
@@ -545,17 +519,59 @@ def test_latest_without_a_checkpoint_starts_a_new_run(run):
     assert len(losses(run("--resume_from_checkpoint", "latest"))) == 6
 
 
-def test_finished_run_can_be_trained_on(run):
-    run("--lr_scheduler", "constant")
-    output_dir = run("--lr_scheduler", "constant", "--resume_from_checkpoint", "latest", "--max_train_steps", 8)
-    assert len(losses(output_dir)) == 8
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"lr_scheduler": "linear", "max_train_steps": 12},
+        {"lr_scheduler": "constant_with_warmup", "max_train_steps": 9, "lr_decay_steps": 3},
+    ],
+    ids=["longer", "with a decay"],
+)
+def test_finished_run_resumes_with_the_learning_rate_of_the_schedule_that_now_holds(run, caplog, optimizer, more):
+    begin = [
+        "--optimizer",
+        optimizer,
+        "--lr_scheduler",
+        "linear" if more["max_train_steps"] == 12 else "constant_with_warmup",
+    ]
+    run(*begin)
+    flags = [part for name, value in more.items() for part in (f"--{name}", value)]
+    output_dir = run("--optimizer", optimizer, *flags, "--resume_from_checkpoint", "latest")
+    args, steps = TrainingArguments(lr_warmup_steps=2, **more), more["max_train_steps"]
+    peak = 0.01 if optimizer == "muon" else 0.002
+    rates = [peak * learning_rate_factor(step, steps, args) for step in range(6, steps)]
+    assert [record["lr"] for record in read_log(output_dir)[6:]] == pytest.approx(rates)
+    assert f"The schedule of the learning rate changed: max_train_steps 6 -> {steps}" in caplog.text.replace(
+        "lr_decay_steps 0 -> 3, ", ""
+    )
+
+
+def test_optimizer_uses_the_learning_rate_of_the_log(run):
+    """AdamW with betas 0 and a weight decay moves a weight by its rate alone, whatever was saved."""
+    flags = ["--optimizer", "adamw", "--adam_beta1", 0, "--adam_beta2", 0, "--adam_epsilon", 1e9]
+    flags += ["--adam_weight_decay", 100, "--checkpointing_steps", 1, "--checkpoints_total_limit", 9]
+    run(*flags, "--lr_scheduler", "linear", "--max_train_steps", 4)
+    resume = ["--max_train_steps", 8, "--resume_from_checkpoint", "latest"]
+    output_dir = run(*flags, "--lr_scheduler", "constant", *resume)
+    before, after = (weights_at(output_dir, step)["conv_in.weight"] for step in (4, 5))
+    torch.testing.assert_close(after, (1 - 0.002 * 100) * before, rtol=1e-4, atol=1e-7)
+
+
+def test_fewer_steps_than_are_done_are_refused(run):
+    run("--max_train_steps", 4)
+    with pytest.raises(ValueError, match=r"max_train_steps must be at least 4, .* got 3"):
+        run("--max_train_steps", 3, "--resume_from_checkpoint", "latest")
 
 
 def test_resuming_with_other_settings_is_refused(run):
     output_dir = run("--max_train_steps", 1)
     before = content(output_dir / "checkpoint-1")
-    with pytest.raises(ValueError, match=r"--learning_rate 0\.1 \(there: 0\.\d+\), images per step 2 \(there: 4\)"):
-        run("--learning_rate", 0.1, "--train_batch_size", 2, "--resume_from_checkpoint", "latest")
+    for flag, value in (("learning_rate", 0.1), ("optimizer", "adamw"), ("random_flip", None)):
+        with pytest.raises(ValueError, match=f"^{flag} must be"):
+            run(f"--{flag}", *filter(None, [value]), "--resume_from_checkpoint", "latest")
+    with pytest.raises(ValueError, match=r"^images per step must be 4 "):
+        run("--train_batch_size", 2, "--resume_from_checkpoint", "latest")
     assert content(output_dir / "checkpoint-1") == before
 
 
@@ -570,11 +586,11 @@ def test_checkpoints_beyond_the_limit_go(run):
 def test_earlier_run_is_not_overwritten_unless_asked_to(run, tmp_path):
     output_dir = run()
     before = {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"--output_dir: .* holds an earlier run"):
+    with pytest.raises(ValueError, match="output_dir must not hold an earlier run"):
         run()
-    with pytest.raises(ValueError, match=r"--output_dir: .* holds an earlier run"):
+    with pytest.raises(ValueError, match="output_dir must not hold an earlier run"):
         run("--resume_from_checkpoint", run(output_dir=tmp_path / "other") / "checkpoint-6")
-    with pytest.raises(FileNotFoundError, match="no folder or file"):
+    with pytest.raises(FileNotFoundError, match="dataset_name"):
         run("--overwrite_output_dir", "--dataset_name", "/no/such/folder")
     assert {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()} == before
     run("--overwrite_output_dir", "--max_train_steps", 2, "--seed", 1)
@@ -584,20 +600,20 @@ def test_earlier_run_is_not_overwritten_unless_asked_to(run, tmp_path):
 
 def test_output_folder_that_cannot_be_written_is_named(run, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"--output_dir: .*file/run can't be written to"):
+    with pytest.raises(OSError, match="output_dir must be writable"):
         run(output_dir=tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dataset_name", "/no/such/folder"], "there is no folder or file '/no/such/folder'"),
-        (["--image_column", "img"], "image_column: .* no column 'img'. Its columns are: 'image', 'picture', 'label'"),
+        (["--dataset_name", "/no/such/folder"], "dataset_name"),
+        (["--image_column", "img"], "image_column"),
         (["--split", "tain"], "split='tain'"),
         (["--dataset_config_name", "large"], "config_name='large'"),
-        (["--resolution", "4"], r"--model_config_name_or_path: the U-Net takes images of shape \(1, 8, 8\)"),
-        (["--mixed_precision", "fp16"], "fp16"),
-        (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint: there is no folder 'nowhere'"),
+        (["--resolution", "4"], "model_config_name_or_path .* --resolution"),
+        (["--mixed_precision", "fp16"], "mixed_precision"),
+        (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(run, tmp_path, flags, message):
@@ -608,17 +624,27 @@ def test_bad_input_is_named_and_nothing_is_written(run, tmp_path, flags, message
     assert not list(tmp_path.glob("run/*"))
 
 
-def test_config_of_another_model_is_named(run, tmp_path):
+def test_config_that_is_missing_or_of_another_model_is_named(run, tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    with pytest.raises(
-        ValueError, match="--model_config_name_or_path: the config is of a AutoencoderKL, not of one of"
-    ):
+    with pytest.raises(ValueError, match=r"model_config_name_or_path must .* got 'AutoencoderKL'"):
         run("--model_config_name_or_path", tmp_path)
-
-
-def test_missing_config_is_named(run, tmp_path):
-    with pytest.raises(OSError, match=r"--model_config_name_or_path: .*nowhere"):
+    with pytest.raises(OSError, match=r"model_config_name_or_path must .*nowhere"):
         run("--model_config_name_or_path", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("unet", ["ours", "diffusers"])
+def test_images_that_the_unet_cannot_halve_are_named_and_the_corrected_command_works(run, tmp_path, unet):
+    images = write_images(tmp_path / "images", size=15)
+    path = tmp_path / "config.json"
+    config = (
+        {"_class_name": "MNISTUNet2DModel", **UNET} if unet == "ours" else {"_class_name": "UNet2DModel", **PEER_UNET}
+    )
+    path.write_text(json.dumps({k: v for k, v in config.items() if k != "sample_size"}))
+    flags = ["--dataset_name", images, "--model_config_name_or_path", tmp_path, "--max_train_steps", 1]
+    with pytest.raises(ValueError, match=r"images of shape \(1, 15, 15\).*--resolution"):
+        run(*flags)
+    assert not list(tmp_path.glob("run/*"))
+    run(*flags, "--resolution", 16)
 
 
 # Numbers that go wrong
@@ -636,7 +662,7 @@ def test_gradient_that_is_not_finite_is_found_before_it_is_saved(make_trainer, m
         trainer.train()
     assert names(trainer.output_dir / "samples") == ["step-00000006.png"]
     saved = list(all_saved_numbers(trainer.output_dir))
-    assert len({path for path, _ in saved}) == 1 + 3 * 4, "the pipeline, and four files in each of three checkpoints"
+    assert len({path for path, _ in saved}) == 1 + 3 * 3, "the pipeline, and three files in each of three checkpoints"
     assert all(tensor.isfinite().all() for _, tensor in saved)
 
 
@@ -708,5 +734,17 @@ def test_a_user_sees_one_line_and_not_a_traceback():
     command = [sys.executable, train.__file__, "--dataset_name", "/no/such/folder", "--output_dir", "/dev/null/run"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
-    assert result.stderr.strip().splitlines()[-1].startswith("error: --output_dir: /dev/null/run can't be written to")
+    assert result.stderr.strip().splitlines()[-1].startswith("error: output_dir must be writable, got /dev/null/run")
     assert "Traceback" not in result.stderr
+
+
+def test_without_the_extras_one_line_says_what_to_install():
+    code = (
+        f"import runpy, sys; sys.modules['accelerate'] = None; runpy.run_path({train.__file__!r}, run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert "accelerate" in line
+    assert "pip install -e '.[train]'" in line

@@ -8,38 +8,29 @@ import subprocess
 import sys
 import time
 
-import datasets
 import numpy as np
 import psutil
 import pytest
 import train
-from PIL import Image
+from tiny_training import command_line, write_workplace
 
-from mnist_ddpm import MNISTUNet2DModel
 from mnist_ddpm.training.checkpoints import list_checkpoints
 
 pytestmark = pytest.mark.slow
+# Gradients summed in another order differ by 1e-7. Newton-Schulz in bfloat16 rounds a few entries of an update the
+# other way then, by 2^-8 of their size: after 20 steps, losses and gradients differ by 1e-4.
+TOLERANCES = {"adamw": 1e-5, "muon": 1e-3}
 
 
 @pytest.fixture
 def command(tmp_path):
     """The command that trains on a few small images, in a number of processes, with some flags."""
-    pixels = np.random.default_rng(0).integers(0, 256, (24, 8, 8), dtype=np.uint8)
-    rows = {"image": [Image.fromarray(image) for image in pixels]}
-    images = datasets.Dataset.from_dict(rows, datasets.Features({"image": datasets.Image()}))
-    images.to_parquet(tmp_path / "images.parquet")
-    unet = MNISTUNet2DModel(
-        sample_size=8, block_out_channels=(4, 8), attention_head_dim=4, layers_per_block=1, norm_num_groups=2
-    )
-    unet.save_config(tmp_path / "unet")
+    workplace = write_workplace(tmp_path / "workplace")
 
     def command(processes, *flags):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        data = ["--dataset_name", tmp_path / "images.parquet", "--cache_dir", tmp_path / "cache"]
-        model = ["--model_config_name_or_path", tmp_path / "unet", "--mixed_precision", "no", "--no-compile"]
-        samples = ["--eval_batch_size", 1, "--ddpm_num_inference_steps", 1, "--logger", "none"]
-        parts = [sys.executable, *launcher, train.__file__, *data, *model, *samples, *flags]
-        return list(map(str, parts))
+        flags = command_line(workplace, "--no-compile", *flags, eval_batch_size=1, lr_warmup_steps=500)
+        return [sys.executable, *map(str, launcher), train.__file__, *flags]
 
     return command
 
@@ -57,9 +48,11 @@ def read_log(output_dir):
     return [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]
 
 
-def test_one_and_two_processes_learn_the_same(command, tmp_path):
-    """20 steps of 8 images, as 1 x 8 and as 2 x 2 x 2 images, and one process going on from where two had come to."""
+@pytest.mark.parametrize("optimizer", TOLERANCES)
+def test_one_and_two_processes_learn_the_same(command, tmp_path, optimizer):
+    """20 steps of 8 images, as 1 x 8 and as 2 x 2 x 2 images, and one process resuming from where two had come to."""
     flags = ["--max_train_steps", 20, "--lr_scheduler", "constant", "--checkpointing_steps", 10]
+    flags += ["--optimizer", optimizer, "--random_flip"]
     run(command(1, *flags, "--train_batch_size", 8, "--output_dir", tmp_path / "one"))
     split = ["--train_batch_size", 2, "--gradient_accumulation_steps", 2]
     stderr = run(command(2, *flags, *split, "--output_dir", tmp_path / "two"))
@@ -70,8 +63,8 @@ def test_one_and_two_processes_learn_the_same(command, tmp_path):
     one, two, resumed = (read_log(tmp_path / name) for name in ("one", "two", "resumed"))
     assert [record["step"] for record in two] == list(range(1, 21))
     for key in ("loss", "grad_norm", "lr"):
-        np.testing.assert_allclose([r[key] for r in two], [r[key] for r in one], rtol=1e-4)
-        np.testing.assert_allclose([r[key] for r in resumed], [r[key] for r in one[10:]], rtol=1e-4)
+        np.testing.assert_allclose([r[key] for r in two], [r[key] for r in one], rtol=TOLERANCES[optimizer])
+        np.testing.assert_allclose([r[key] for r in resumed], [r[key] for r in one[10:]], rtol=TOLERANCES[optimizer])
 
 
 def test_two_processes_stop_where_a_number_is_not_finite(command, tmp_path):
@@ -83,6 +76,8 @@ def test_two_processes_stop_where_a_number_is_not_finite(command, tmp_path):
         50,
         "--learning_rate",
         1e30,
+        "--optimizer",
+        "adamw",
         "--output_dir",
         tmp_path / "run",
     ]
@@ -94,7 +89,7 @@ def test_two_processes_stop_where_a_number_is_not_finite(command, tmp_path):
     assert not list(tmp_path.glob("run/**/*.safetensors"))
 
 
-def test_run_of_two_processes_goes_on_when_one_of_them_was_killed(command, tmp_path):
+def test_run_of_two_processes_resumes_when_one_of_them_was_killed(command, tmp_path):
     """To the same bits as a run of two processes that nothing happened to; the other one does not hang."""
     flags = [
         "--train_batch_size",

@@ -1,4 +1,4 @@
-"""What surrounds a pipeline on the Hugging Face Hub: its card with training and scores, checkpoints, a first check.
+"""Pipelines on the Hugging Face Hub: publishing, the model card, and what to do about errors.
 
 `python -m mnist_ddpm.hub FOLDER REPO_ID` pushes a saved pipeline, for instance one that a training run could not push.
 """
@@ -8,32 +8,101 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, create_repo, upload_folder
-
-from mnist_ddpm.pipeline import CARD, CARD_FILE, CARD_REPO_ID, PICTURE_FILE, publish, pushing_to
+from huggingface_hub import (
+    CommitOperationAdd,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    create_commit,
+    create_repo,
+    file_exists,
+    get_token,
+    upload_folder,
+)
 
 __all__ = ["add_scores", "check_repository", "publish", "publish_checkpoint", "write_card"]
 
+INDEX_FILE, CARD_FILE, PICTURE_FILE = "model_index.json", "README.md", "samples.png"
+CARD_REPO_ID = "namespace/name"  # replaced by the repository's name when a card is published
+CARD = """---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+license: apache-2.0
+tags:
+- unconditional-image-generation
+- diffusion
+- ddpm
+- ddim
+---
+
+# namespace/name
+
+A U-Net and a scheduler of [diffusers](https://huggingface.co/docs/diffusers) that generate images: a denoising
+diffusion probabilistic model ([DDPM](https://arxiv.org/abs/2006.11239)), which can be sampled in fewer steps as
+[DDIM](https://arxiv.org/abs/2010.02502). Made with the package `mnist-ddpm`.
+
+## Use
+
+With `mnist-ddpm` installed. No code of this repository is run:
+
+```python
+from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline
+
+pipe = MNISTDDPMPipeline.from_pretrained("namespace/name")
+pipe.scheduler = MNISTDDIMScheduler.from_config(pipe.scheduler.config)
+images = pipe(batch_size=16, num_inference_steps=50).images
+```
+
+Without it. `trust_remote_code=True` runs the source files in this repository:
+
+```python
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("namespace/name", trust_remote_code=True)
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+images = pipe(batch_size=16, num_inference_steps=50).images
+```
+
+Each part alone:
+
+```python
+from mnist_ddpm import MNISTDDPMScheduler, MNISTUNet2DModel
+
+unet = MNISTUNet2DModel.from_pretrained("namespace/name", subfolder="unet")
+scheduler = MNISTDDPMScheduler.from_pretrained("namespace/name", subfolder="scheduler")
+```
+"""
 EVALUATION = """## Evaluation
 
-FID, KID, precision and recall are measured on the features of an MNIST classifier, or of Inception v3 where the name
-says so; the former do not compare with those of other papers."""
+FID, KID, precision and recall are measured on features of an MNIST classifier, so they don't compare with those of
+papers; where the name says Inception, on features of Inception v3."""
+REMEDIES = {  # by the status of the response; None where there is none
+    None: "the Hub could not be reached or broke off: check the network and try again",
+    401: "the token is missing, wrong or expired: create one that may write at https://huggingface.co/settings/tokens",
+    403: "the token may not write there: use a token with write access to that namespace, or another repository name",
+    404: "no such repository or namespace: check the name, and that the token may see it",
+    409: "the Hub reports a conflict with another change: try again, or use another repository name",
+    500: "the Hub is in trouble: try again later",
+}
 
 
 def check_repository(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
-    """Create the repository where it is missing, and find out whether the token may write to it.
+    """Create the repository if it doesn't exist, and check that the token may write to it.
 
-    To be called before a long training, so that a wrong token or name costs seconds and not hours.
+    Call it before a long training: a wrong token or name then costs seconds and not hours.
 
     Args:
         repo_id: `name` (in the token's own namespace) or `namespace/name`.
         token: A Hub token that may write; None means the stored one (`HF_TOKEN` or `hf auth login`).
-        private: Whether a repository that is created here is private; None means as its namespace has it.
+        private: Whether a repository that is created here is private; None means the default of its namespace.
 
     Returns:
         The full `namespace/name`.
@@ -41,29 +110,102 @@ def check_repository(repo_id: str, *, token: str | None = None, private: bool | 
     Raises:
         RuntimeError: If the repository cannot be created or written to; the message names it and the remedy.
     """
-    with pushing_to(repo_id, token):
+    with _pushing_to(repo_id, token):
         full_id = create_repo(repo_id, token=token, private=private, exist_ok=True).repo_id
-        # Asks the Hub where a file would go, which needs write access, and uploads nothing.
-        HfApi().preupload_lfs_files(full_id, [CommitOperationAdd("README.md", b"card")], token=token)
+        # asks the Hub where a file would go, which needs write access, and uploads nothing
+        HfApi().preupload_lfs_files(full_id, [CommitOperationAdd(CARD_FILE, b"card")], token=token)
     return full_id
+
+
+def publish(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload a saved pipeline to the Hub, without any other files of its folder.
+
+    Args:
+        folder: A folder that `MNISTDDPMPipeline.save_pretrained` wrote.
+        repo_id: `name` or `namespace/name`; it is created if it doesn't exist. A card on the Hub is replaced only by
+            one that says more than how to load the pipeline.
+        token: A Hub token that may write; None means the stored one.
+        private: Whether a repository that is created here is private; None means the default of its namespace.
+        commit_message: The title of the commit.
+        create_pr: Whether to open a pull request instead of changing the main branch.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: If `folder` holds no saved pipeline.
+        RuntimeError: If the upload fails; the message gives the remedy, and the command that pushes the folder again.
+    """
+    folder = Path(folder).resolve()
+    if not (folder / INDEX_FILE).is_file():
+        raise ValueError(f"folder must be one that save_pretrained wrote, got {folder} without {INDEX_FILE}.")
+    command = [sys.executable, "-m", "mnist_ddpm.hub", str(folder), repo_id]
+    command += ["--private"] * bool(private) + ["--create-pr"] * create_pr
+    token_first = " (set HF_TOKEN first)" if token else ""
+    advice = f"The pipeline is safe in {folder}; push it again{token_first} with: {shlex.join(command)}"
+    with _pushing_to(repo_id, token, advice):
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in _files(folder)]
+        card = _read_card(folder)
+        if card != CARD or not file_exists(repo_id, CARD_FILE, token=token):
+            operations.append(CommitOperationAdd(CARD_FILE, card.replace(CARD_REPO_ID, repo_id).encode()))
+        message = commit_message or "Upload MNISTDDPMPipeline"
+        commit = create_commit(repo_id, operations, commit_message=message, token=token, create_pr=create_pr)
+    return commit.commit_url
+
+
+def finish_folder(
+    folder: str | os.PathLike[str], push_to_hub: bool = False, repo_id: str | None = None, **options: Any
+) -> None:
+    """Add a card to a pipeline that was just saved, if it has none, and publish it if asked to."""
+    path = Path(folder, CARD_FILE)
+    if not path.exists():
+        path.write_text(CARD, encoding="utf-8")
+    if push_to_hub:
+        publish(folder, repo_id or Path(folder).resolve().name, **options)
+
+
+def push_pipeline(
+    pipeline: Any,
+    repo_id: str,
+    *,
+    safe_serialization: bool = True,
+    variant: str | None = None,
+    max_shard_size: int | str | None = None,
+    **options: Any,
+) -> str:
+    """Save a pipeline in a temporary folder and publish it; the folder is kept if that fails."""
+    folder = tempfile.mkdtemp(prefix="pipeline-")
+    pipeline.save_pretrained(folder, safe_serialization, variant=variant, max_shard_size=max_shard_size)
+    address = publish(folder, repo_id, **options)
+    shutil.rmtree(folder)
+    return address
 
 
 def publish_checkpoint(
     checkpoint: str | os.PathLike[str], repo_id: str, name: str | None = None, *, token: str | None = None
 ) -> None:
-    """Upload a checkpoint of a training run beside the pipeline, so that the run can go on from it elsewhere.
+    """Upload a checkpoint of a training run beside the pipeline, so that the run can resume from it elsewhere.
 
     Args:
         checkpoint: The folder of the checkpoint.
         repo_id: The repository `namespace/name`.
-        name: The checkpoint's folder in the repository, by default its name here; what is there is replaced.
+        name: The checkpoint's folder in the repository, by default its name here; its content is replaced.
         token: A Hub token that may write; None means the stored one.
 
     Raises:
         RuntimeError: If the upload fails; the message names the repository and the remedy.
     """
     checkpoint = Path(checkpoint)
-    with pushing_to(repo_id, token, f"The checkpoint is safe in {checkpoint.resolve()}."):
+    with _pushing_to(repo_id, token, f"The checkpoint is safe in {checkpoint.resolve()}."):
         upload_folder(
             repo_id=repo_id,
             folder_path=checkpoint,
@@ -72,6 +214,9 @@ def publish_checkpoint(
             commit_message=f"Upload {checkpoint.name}",
             token=token,
         )
+
+
+# The model card
 
 
 def write_card(
@@ -83,7 +228,7 @@ def write_card(
 ) -> None:
     """Write the model card of a saved pipeline: how to load it, and how it was trained.
 
-    Neither tokens nor folders of this machine get into it: of a path, only its last part is told.
+    It shows neither tokens nor folders of this machine: of an absolute path, only the last part.
 
     Args:
         folder: A folder that `MNISTDDPMPipeline.save_pretrained` wrote; a `samples.png` in it is shown.
@@ -104,7 +249,7 @@ def write_card(
     if (Path(folder) / PICTURE_FILE).is_file():
         card.text = card.text.replace("## Use", f"![Samples]({PICTURE_FILE})\n\n## Use", 1)
     card.text = "\n\n".join([card.text.rstrip(), *sections]) + "\n"
-    (Path(folder) / CARD_FILE).write_text(str(card))
+    (Path(folder) / CARD_FILE).write_text(str(card), encoding="utf-8")
 
 
 def add_scores(folder: str | os.PathLike[str], scores: Mapping[str, Any], *, command: str = "") -> None:
@@ -112,13 +257,12 @@ def add_scores(folder: str | os.PathLike[str], scores: Mapping[str, Any], *, com
 
     Args:
         folder: A folder that `MNISTDDPMPipeline.save_pretrained` wrote.
-        scores: The scores by the name of the metric, as `examples/evaluate.py` writes them; what is no number is
-            left out, and scores that the card has are replaced.
+        scores: The scores by the name of the metric, as `examples/evaluate.py` writes them. Values that are no
+            numbers are left out; earlier scores on the card are replaced.
         command: The command that measured them, a shell line.
     """
     numbers = {name: value for name, value in scores.items() if isinstance(value, int | float)}
-    path = Path(folder) / CARD_FILE
-    card = ModelCard(path.read_text() if path.exists() else CARD)
+    card = ModelCard(_read_card(folder))
     data: Any = card.data
     name = (data.datasets or ["unknown"])[0]
     task = {"task_type": data.pipeline_tag, "dataset_type": name, "dataset_name": name}
@@ -129,7 +273,13 @@ def add_scores(folder: str | os.PathLike[str], scores: Mapping[str, Any], *, com
         sections.append(f"```bash\n{shlex.join(_public_words(shlex.split(command)))}\n```")
     above, *_ = card.text.partition(EVALUATION.splitlines()[0])
     card.text = "\n\n".join([above.rstrip(), *sections]) + "\n"
-    path.write_text(str(card))
+    (Path(folder) / CARD_FILE).write_text(str(card), encoding="utf-8")
+
+
+def _read_card(folder: str | os.PathLike[str]) -> str:
+    """The card of a folder, or the one that every pipeline starts with."""
+    path = Path(folder) / CARD_FILE
+    return path.read_text(encoding="utf-8") if path.exists() else CARD
 
 
 def _public_words(command: Sequence[str]) -> list[str]:
@@ -156,6 +306,37 @@ def _table(left: str, right: str, rows: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
+# Pushing
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a saved pipeline but for its card: of the folder itself, and of each component."""
+    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+    components = [name for name in index if (folder / name).is_dir()]
+    patterns = [INDEX_FILE, "pipeline.py", PICTURE_FILE]
+    patterns += [f"{name}/*.{kind}" for name in components for kind in ("json", "py", "safetensors")]
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
+@contextmanager
+def _pushing_to(repo_id: str, token: str | None, advice: str = "") -> Iterator[None]:
+    """Turn any error of a push into one with the repository, the reason and the remedy, and without the token."""
+    try:
+        token = token or get_token()
+        if token is None:
+            raise ValueError("no Hub token: set HF_TOKEN or log in with `hf auth login`")
+        yield
+    except Exception as error:  # whatever the network, the server and the client can do
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        remedy = REMEDIES.get(status and min(status, 500), "the Hub refused: check the name")
+        first, *_ = str(error).strip().splitlines() or [""]
+        details = f"{type(error).__name__}: {first} {getattr(error, 'server_message', None) or ''}".strip()
+        reason = str(error) if isinstance(error, ValueError) else f"{remedy} ({details})"
+        reason = reason.replace(token, "hf_...") if token else reason
+        # `from None`: the traceback of the HTTP client may show the request's headers
+        raise RuntimeError(f"cannot push to the repository {repo_id!r}: {reason}\n{advice}".strip()) from None
+
+
 def main(argv: list[str] | None = None) -> None:
     """Push a saved pipeline from the command line."""
     parser = argparse.ArgumentParser(prog="python -m mnist_ddpm.hub", description="Push a saved pipeline to the Hub.")
@@ -167,9 +348,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         if args.scores:
-            result = json.loads(Path(args.scores).read_text())
+            result = json.loads(Path(args.scores).read_text(encoding="utf-8"))
             if "scores" not in result:
-                raise ValueError(f"--scores: {args.scores} has no `scores`: is it what examples/evaluate.py wrote?")
+                raise ValueError(f"--scores must be a file that examples/evaluate.py wrote, got {args.scores}.")
             add_scores(args.folder, result["scores"], command=result.get("command", ""))
         print(publish(args.folder, args.repo_id, private=args.private or None, create_pr=args.create_pr))
     except (ValueError, OSError, RuntimeError) as error:

@@ -349,7 +349,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         class_name = config_dict.get("_class_name", cls.__name__)
         if class_name not in [base.__name__ for base in cls.__mro__]:
             raise ValueError(f"_class_name of the config must be {cls.__name__}, got {class_name!r:.80}.")
-        config = {key: value for key, value in config_dict.items() if key != "_use_default_values"}  # the same here
+        config = {key: value for key, value in config_dict.items() if key not in ("_use_default_values", "auto_map")}
         if "_diffusers_version" in config:  # a saved config; those of version 0.1.0 lack the key
             config.setdefault("pixel_gain", False)
         return super().extract_init_dict(config, **kwargs)

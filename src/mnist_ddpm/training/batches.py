@@ -8,8 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
-ORDER_STREAM, NOISE_STREAM = 0, 1  # independent random streams of one seed
+from mnist_ddpm.data import decode_images, load_split
+from mnist_ddpm.training.arguments import TrainingArguments
+
+ORDER_STREAM, NOISE_STREAM, FLIP_STREAM = 0, 1, 2  # independent random streams of one seed
 
 
 class Batch(NamedTuple):
@@ -29,6 +33,7 @@ class TrainingBatches:
         timestep_probabilities: p(t) for each timestep, `(T,)`.
         seed: of the order of the images, the timesteps and the noise.
         device: where the batches are made.
+        random_flip: flip each image horizontally with probability 1/2.
     """
 
     def __init__(
@@ -38,12 +43,14 @@ class TrainingBatches:
         timestep_probabilities: torch.Tensor,
         seed: int,
         device: torch.device,
+        random_flip: bool = False,
     ):
         self.images = images
         self.batch_size = batch_size
         self.cdf = timestep_probabilities.cumsum(0).float().to(device)
         self.seed = seed
         self.device = device
+        self.random_flip = random_flip
         self._orders: dict[int, torch.Tensor] = {}
 
     def micro_batches(
@@ -51,19 +58,28 @@ class TrainingBatches:
     ) -> list[Batch]:
         """What one process computes in `step` (counted from 0): its share, in micro-batches.
 
-        The timesteps and the noise are drawn for the whole step, on each process the same, and then divided.
+        Flips, timesteps and noise are drawn for the whole step, on each process the same, and then divided.
         """
         generator = self._generator(NOISE_STREAM, step, self.device)
         timesteps = stratified_timesteps(self.batch_size, self.cdf, generator)
         shape = (self.batch_size, *self.images.shape[1:])
         noise = torch.randn(shape, generator=generator, device=self.device)
-        indices = self._indices(step)
-
-        parts = zip(*(x.chunk(num_micro_batches * num_processes) for x in (indices, noise, timesteps)), strict=True)
+        columns = (self._indices(step), self._flips(step), noise, timesteps)
+        parts = zip(*(column.chunk(num_micro_batches * num_processes) for column in columns), strict=True)
         return [
-            Batch(self._to_device(self.images[index]).float() / 127.5 - 1, noise, timesteps)
-            for index, noise, timesteps in list(parts)[process::num_processes]
+            Batch(self._clean_images(index, flip), noise, timesteps)
+            for index, flip, noise, timesteps in list(parts)[process::num_processes]
         ]
+
+    def _clean_images(self, index: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+        """Images in [-1, 1] on the training device, those flipped that are to be."""
+        images = self._to_device(self.images[index]).float() / 127.5 - 1
+        return torch.where(flip[:, None, None, None], images.flip(-1), images) if self.random_flip else images
+
+    def _flips(self, step: int) -> torch.Tensor:
+        """Which images of `step` are flipped."""
+        generator = self._generator(FLIP_STREAM, step, self.device)
+        return torch.rand(self.batch_size, generator=generator, device=self.device) < 0.5
 
     def _indices(self, step: int) -> torch.Tensor:
         """Which images `step` trains on: sample n of the run is the (n mod N)-th in the order of epoch n // N."""
@@ -92,6 +108,31 @@ class TrainingBatches:
         return torch.Generator(device).manual_seed(seed)
 
 
+def load_images(args: TrainingArguments, accelerator: Accelerator, channels: int | None) -> torch.Tensor:
+    """All images, uint8 `(N, C, H, W)`: on the training device, or on the host if they would fill half of its memory.
+
+    Raises:
+        ValueError: the data set holds no images, or not all of the same kind.
+        OSError: there is no such data set.
+        MemoryError: the images fit nowhere.
+    """
+    with accelerator.main_process_first():
+        dataset = load_split(args.dataset_name, args.dataset_config_name, args.split, args.cache_dir)
+    images = decode_images(
+        dataset, args.image_column, args.resolution, channels, center_crop=args.center_crop, background=args.background
+    )
+    if accelerator.device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(accelerator.device)[0] // 2:
+        return images.pin_memory()
+    return images.to(accelerator.device)
+
+
+def timestep_probabilities(args: TrainingArguments) -> torch.Tensor:
+    """p(t) of the timesteps that training draws, `(T,)`."""
+    if args.timestep_sampling == "uniform":
+        return uniform_probabilities(args.ddpm_num_steps)
+    return logit_normal_probabilities(args.ddpm_num_steps, args.logit_mean, args.logit_std, args.uniform_share)
+
+
 def uniform_probabilities(num_train_timesteps: int) -> torch.Tensor:
     """The same p(t) for each timestep, float64 `(T,)` (DDPM, Algorithm 1)."""
     return torch.full((num_train_timesteps,), 1 / num_train_timesteps, dtype=torch.float64)
@@ -106,7 +147,7 @@ def logit_normal_probabilities(
     ever drawn: `uniform_share` of the draws are uniform instead.
     """
     borders = torch.linspace(0, 1, num_train_timesteps + 1, dtype=torch.float64)
-    logit_normal = torch.special.ndtr((torch.logit(borders) - mean) / std).diff()
+    logit_normal: torch.Tensor = torch.special.ndtr((torch.logit(borders) - mean) / std).diff()
     return (1 - uniform_share) * logit_normal + uniform_share * uniform_probabilities(num_train_timesteps)
 
 

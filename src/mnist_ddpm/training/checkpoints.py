@@ -1,7 +1,7 @@
 """What a run leaves in its output folder: checkpoints that are whole or absent, and a log that is cut back to them.
 
-Files and folders are written aside, flushed to the disk, and renamed; folders are renamed before they are removed. A
-run may be killed between any two lines of this file, and inside each of them: the next one knows what is whole.
+Files and folders are written under a name that ends in `.partial`, flushed to the disk, and renamed; folders are
+renamed before they are removed. A run may be killed at any moment: the next one finds the newest whole checkpoint.
 """
 
 import hashlib
@@ -16,7 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from safetensors import SafetensorError
+
+from mnist_ddpm.training.arguments import require
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +45,15 @@ def check_output_dir(output_dir: Path, earlier_run_expected: bool) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output_dir).close()
     except OSError as error:
-        raise OSError(f"--output_dir: {output_dir} can't be written to ({error}): name another folder") from error
+        raise OSError(f"output_dir must be writable, got {output_dir} ({error}). Name another folder.") from error
     earlier = _earlier_run(output_dir)
-    if earlier and not earlier_run_expected:
-        raise ValueError(
-            f"--output_dir: {output_dir} holds an earlier run ({earlier[-1].name}): go on with it by "
-            "--resume_from_checkpoint latest, replace it by --overwrite_output_dir, or name another folder"
-        )
+    require(
+        earlier_run_expected or not earlier,
+        "output_dir must not hold an earlier run",
+        str(output_dir),
+        f"There is {earlier[-1].name if earlier else ''}: resume with --resume_from_checkpoint latest, replace it "
+        "with --overwrite_output_dir, or name another folder.",
+    )
 
 
 def remove_earlier_run(output_dir: Path) -> None:
@@ -63,9 +68,9 @@ def remove_earlier_run(output_dir: Path) -> None:
 
 
 def _earlier_run(output_dir: Path) -> list[Path]:
-    """The files and folders that tell of an earlier run."""
+    """The files and folders that tell of an earlier run; an empty log tells of one that did not begin."""
     files = [output_dir / LOG, output_dir / PIPELINES, output_dir / "model_index.json"]
-    return [path for path in files if path.exists()] + list_checkpoints(output_dir)
+    return [path for path in files if path.exists() and path.stat().st_size] + list_checkpoints(output_dir)
 
 
 def grid_path(output_dir: Path, step: int) -> Path:
@@ -79,7 +84,7 @@ def kept_pipeline_path(output_dir: Path, step: int) -> Path:
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A path to write a file or a folder to, which then takes the place of `path`."""
     partial = partial_path(path)
     remove(partial)
@@ -88,18 +93,14 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def explained(output_dir: Path) -> Iterator[None]:
-    """Have it said where something can't be written, and what to do.
-
-    Raises:
-        OSError: with the reason and the remedy.
-    """
+def explain_write_errors(output_dir: Path) -> Iterator[None]:
+    """Say in one error where something can't be written, why, and what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"--output_dir: {output_dir} can't be written to ({error}): make room, and go on from the last checkpoint "
-            "by --resume_from_checkpoint latest"
+            f"output_dir must be writable, got {output_dir} ({error}). Make room, and resume from the last checkpoint "
+            "with --resume_from_checkpoint latest."
         ) from error
 
 
@@ -109,11 +110,7 @@ def partial_path(path: Path) -> Path:
 
 
 def move_into_place(partial: Path, path: Path) -> None:
-    """Have a file or a folder flushed to the disk, and then take the place of `path` in one move.
-
-    Raises:
-        OSError: there is a folder at `path`; to take its place would take two moves.
-    """
+    """Flush a file or a folder to the disk, and rename it to `path`, where no folder may be."""
     flush(partial)
     os.replace(partial, path)
     flush(path.parent, recursive=False)
@@ -164,11 +161,11 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def write_manifest(checkpoint: Path, step: int, settings: dict[str, Any]) -> None:
-    """Record what a checkpoint holds, so that damage can be told."""
+def write_manifest(checkpoint: Path, step: int, settings: dict[str, Any], schedule: dict[str, Any]) -> None:
+    """Record what a checkpoint holds: settings that a resumed run must share, a schedule that it may change, files."""
     files = {str(p.relative_to(checkpoint)): _digest(p) for p in sorted(checkpoint.rglob("*")) if p.is_file()}
-    manifest = {"step": step, "settings": settings, "files": files}
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    manifest = {"step": step, "settings": settings, "schedule": schedule, "files": files}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -179,13 +176,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_bytes())
-        changed = [name for name, digest in manifest["files"].items() if _digest(checkpoint / name) != digest]
+        reason = ", ".join(name for name, digest in manifest["files"].items() if _digest(checkpoint / name) != digest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(f"The checkpoint {checkpoint} is damaged: {error!r}.") from error
-    if changed:
-        raise DamagedCheckpointError(
-            f"The checkpoint {checkpoint} is damaged: {', '.join(changed)} is not what was written."
-        )
+        reason = f"{type(error).__name__}: {error}"
+    if reason:
+        raise DamagedCheckpointError(f"resume_from_checkpoint must be as it was written, got {checkpoint}: {reason}.")
     return manifest
 
 
@@ -203,58 +198,51 @@ def find_checkpoint(requested: str, output_dir: Path) -> tuple[Path, dict[str, A
     if requested != "latest":
         checkpoint = Path(requested)
         if not checkpoint.is_dir():
-            raise FileNotFoundError(f"--resume_from_checkpoint: there is no folder {requested!r}.")
-        try:
-            return checkpoint, read_manifest(checkpoint)
-        except DamagedCheckpointError as error:
-            others = [path.name for path in list_checkpoints(checkpoint.parent) if path != checkpoint]
-            raise DamagedCheckpointError(
-                f"{error} Resume from another one ({', '.join(others) or 'there is none'} in {checkpoint.parent}), or "
-                "start anew with another --output_dir."
-            ) from error
+            raise FileNotFoundError(f"resume_from_checkpoint must be a folder or latest, got {requested!r}.")
+        return checkpoint, read_manifest(checkpoint)
 
-    damaged = []
     last_logged = max(_logged_lines(output_dir / LOG), default=0)
-    for checkpoint in reversed(list_checkpoints(output_dir)):
+    checkpoints = list_checkpoints(output_dir)
+    for checkpoint in reversed(checkpoints):
         try:
             manifest = read_manifest(checkpoint)
-            if manifest["step"] > last_logged:  # the log is flushed before a checkpoint is written
-                raise DamagedCheckpointError(f"The log beside {checkpoint} ends before it, at step {last_logged}.")
-            return checkpoint, manifest
         except DamagedCheckpointError as error:
-            logger.warning("%s Passing over it.", error)
-            damaged.append(checkpoint.name)
-    if damaged:
+            logger.warning("%s Skipping it.", error)
+            continue
+        if manifest["step"] <= last_logged:  # the log is flushed before a checkpoint is written
+            return checkpoint, manifest
+        logger.warning("Skipping %s: the log ends before it, at step %d.", checkpoint, last_logged)
+    if checkpoints:
         raise DamagedCheckpointError(
-            f"--resume_from_checkpoint latest: all checkpoints in {output_dir} are damaged ({', '.join(damaged)}): "
-            "start anew with --overwrite_output_dir or another --output_dir"
+            f"resume_from_checkpoint must find a whole checkpoint, got {output_dir}, where all "
+            f"{len(checkpoints)} are damaged. Start anew with --overwrite_output_dir or another --output_dir."
         )
     return None
 
 
 def check_settings(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
-    """Raise a ValueError if a run would go on with other settings than those that it began with."""
-    differing = [name for name in current if saved.get(name) != current[name]]
-    if differing:
-        changes = ", ".join(f"{name} {current[name]!r} (there: {saved.get(name)!r})" for name in differing)
-        raise ValueError(
-            f"--resume_from_checkpoint: this run differs from that of {checkpoint}: {changes}. Give the same values, "
-            "or start anew with another --output_dir."
+    """See that a run resumes with the settings that it began with."""
+    for name, value in current.items():
+        require(
+            saved.get(name) == value,
+            f"{name} must be {saved.get(name)!r} as in {checkpoint}",
+            value,
+            "Give the same, or start anew with another --output_dir.",
         )
 
 
 def cut_back(output_dir: Path, step: int) -> None:
-    """Remove what lies beyond the step that a run goes on from, and what was left half written."""
+    """Remove what lies beyond the step that a run resumes from, and what was left half written."""
     for path in list_checkpoints(output_dir):
         if int(path.name.split("-")[1]) > step:
-            logger.warning("Removing %s: the run goes on from step %s.", path, step)
+            logger.warning("Removing %s: the run resumes from step %s.", path, step)
             remove(path)
     for pattern in ("*.partial", f"{GRIDS}/*.partial", f"{PIPELINES}/*.partial"):
         for path in output_dir.glob(pattern):
             remove(path)
     for path in output_dir.glob(f"{PIPELINES}/step-*"):
         if path > kept_pipeline_path(output_dir, step):
-            logger.warning("Removing %s: the run goes on from step %s.", path, step)
+            logger.warning("Removing %s: the run resumes from step %s.", path, step)
             remove(path)
     for path in output_dir.glob(f"{GRIDS}/step-*.png"):
         if path > grid_path(output_dir, step):
@@ -268,14 +256,21 @@ def prune_checkpoints(output_dir: Path, total_limit: int | None) -> None:
             remove(checkpoint)
 
 
+def save_image(image: Image.Image, path: Path) -> None:
+    """Save an image as PNG, whole or not at all."""
+    path.parent.mkdir(exist_ok=True)
+    with atomic_write(path) as partial:
+        image.save(partial, format="PNG")
+
+
 class TrainLog:
-    """A JSON object a line for each step, in a file that is cut back to `step` when a run goes on from there."""
+    """A JSON object a line for each step, in a file that is cut back to `step` when a run resumes there."""
 
     def __init__(self, path: Path, step: int = 0):
         lines = _logged_lines(path)
-        with written_aside(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_bytes(b"".join(lines[logged] for logged in sorted(lines) if logged <= step))
-        self.file = path.open("a")
+        self.file = path.open("a", encoding="utf-8")
 
     def write(self, records: list[dict[str, Any]]) -> None:
         """Append records."""

@@ -71,6 +71,7 @@ class DiffusionLoss:
 
     def _bound(self, output: torch.Tensor, noisy_images: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The bound without L_T, in bits per dimension."""
+        assert self.bound is not None  # for "simple" this is not called
         terms = self.bound.term(output, batch.timesteps, noisy_images, batch.clean_images)
         return (self.bound_weights[batch.timesteps] * terms).mean()
 
@@ -82,8 +83,9 @@ def prediction_target(scheduler: MNISTDDPMScheduler, batch: Batch) -> torch.Tens
             return batch.noise
         case "sample":
             return batch.clean_images
-        case "v_prediction":
-            return scheduler.get_velocity(batch.clean_images, batch.noise, batch.timesteps)
+        case _:
+            velocity: torch.Tensor = scheduler.get_velocity(batch.clean_images, batch.noise, batch.timesteps)
+            return velocity
 
 
 def min_snr_weights(scheduler: MNISTDDPMScheduler, snr_gamma: float) -> torch.Tensor:

@@ -1,15 +1,56 @@
-"""What suits the machine, CPU threads, mixed precision and `torch.compile`; and its signals to stop."""
+"""What suits the machine: processes, CPU threads, mixed precision, `torch.compile`; and its signals to stop."""
 
+import logging
 import os
 import signal
+import threading
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    ProjectConfiguration,
+    is_tensorboard_available,
+    is_wandb_available,
+    parse_flag_from_env,
+)
 from torch import nn
 
+from mnist_ddpm.training.arguments import TrainingArguments, require
+
+logger = logging.getLogger(__name__)
+
 MIN_STEPS_TO_COMPILE = 1000  # compilation takes about as long as some hundred steps
+
+
+def make_accelerator(args: TrainingArguments) -> Accelerator:
+    """The Accelerator, by Accelerate's own configuration and the arguments.
+
+    Raises:
+        ValueError: the logger is not installed, or the device can't compute in the precision.
+    """
+    installed = {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available(), "none": True}
+    remedy = f"Run `pip install {args.logger}`, or pass --logger none."
+    require(installed[args.logger], "logger must be installed", args.logger, remedy)
+    # without a GPU, Accelerate joins the processes that a launcher started only if it is told to use the CPU
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, timeout=timedelta(hours=2))  # of waiting for the main process to prepare the data
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:  # as `accelerate launch` leaves it there
+        logger.warning(
+            "More than one process was asked for, but on a CPU `accelerate launch` starts one. To start several: "
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/train.py"
+        )
+    return Accelerator(
+        cpu=cpu,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=choose_mixed_precision(args.mixed_precision, state.device),
+        log_with=None if args.logger == "none" else args.logger,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
+    )
 
 
 def set_cpu_threads() -> str:
@@ -35,8 +76,8 @@ def choose_mixed_precision(requested: str, device: torch.device) -> str:
     if requested == "auto" and configured == "no":
         return "bf16" if _computes_in_bf16(device) else "no"
     chosen = configured if requested == "auto" else requested
-    if chosen == "fp16" and device.type == "cpu":
-        raise ValueError("--mixed_precision fp16 needs a GPU: on a CPU, choose bf16 or no")
+    on_gpu = device.type != "cpu"
+    require(on_gpu or chosen != "fp16", "mixed_precision must be bf16 or no on a CPU", chosen, "It needs a GPU.")
     return chosen
 
 
@@ -52,8 +93,8 @@ def compile_model(
     requested: bool | None,
     steps: int,
     device: torch.device,
-    try_out: Callable[[Callable[..., object]], None],
-) -> tuple[Callable[..., object], str]:
+    try_out: Callable[[nn.Module], None],
+) -> tuple[nn.Module, str]:
     """`model` compiled, if that is requested or (None) if it pays and works; and a line to report.
 
     It pays on a GPU, for runs that are long enough. On a CPU a step is as fast without it.
@@ -64,38 +105,38 @@ def compile_model(
         steps: how many training steps the compiled model is for.
         device: where it runs.
         try_out: runs the compiled model, which compiles it.
-
-    Raises:
-        ValueError: it is requested and does not work.
     """
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        return model, "on (by Accelerate)"
     if requested is False:
         return model, "off"
     if requested is None and device.type == "cpu":
         return model, "off (on a CPU it gains nothing)"
     if requested is None and steps < MIN_STEPS_TO_COMPILE:
         return model, f"off (it pays from {MIN_STEPS_TO_COMPILE:,} steps on)"
-    compiled = torch.compile(model, dynamic=False)
-    try:
-        try_out(compiled)
-    except Exception as error:  # whatever a missing or broken compiler raises
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
-        if requested:
-            raise ValueError(f"--compile: torch.compile does not work here ({reason}): try --no-compile") from error
-        return model, f"off, as it does not work here ({reason})"
+    compiled: Any = torch.compile(model, dynamic=False)
+    if requested is None:
+        try:
+            try_out(compiled)
+        except Exception as error:  # whatever a missing or broken compiler raises
+            reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            return model, f"off, as it does not work here ({reason})"
     return compiled, "on"
 
 
 class StopSignal:
     """Within it, SIGINT and SIGTERM are noted and not obeyed, so that a run can end in good order.
 
-    The second of a kind has its usual effect.
+    The second of a kind has its usual effect. In a thread, which can't handle signals, none is noted.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __enter__(self) -> Self:  # noqa: D105
         self.received = False
-        self._handlers = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        signals = self.SIGNALS if in_main_thread else ()
+        self._handlers: dict[int, Any] = {number: signal.signal(number, self._receive) for number in signals}
         return self
 
     def __exit__(self, *exception: object) -> None:  # noqa: D105

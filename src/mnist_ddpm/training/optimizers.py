@@ -1,5 +1,6 @@
-"""Muon for the hidden weight matrices, AdamW for the rest."""
+"""Muon for the hidden weight matrices, AdamW for the rest; and the learning rates of each step."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
+
+from mnist_ddpm.training.arguments import TrainingArguments
 
 # Newton-Schulz: X <- a X + b (X X^T) X + c (X X^T)^2 X brings all singular values near 1 (Muon, Jordan et al., 2024)
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -23,6 +26,44 @@ ADAMW_MODULES = (
 )
 
 
+def make_optimizer(unet: nn.Module, args: TrainingArguments) -> torch.optim.Optimizer:
+    """AdamW, or Muon for the hidden weight matrices and AdamW for the rest."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(
+            unet.parameters(), args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay, fused=True
+        )
+    return MuonAdamW(
+        *hidden_matrices(unet),
+        muon_lr=args.muon_learning_rate,
+        momentum=args.muon_momentum,
+        lr=args.learning_rate,
+        betas=betas,
+        eps=args.adam_epsilon,
+        weight_decay=args.adam_weight_decay,
+    )
+
+
+def learning_rate_factor(step: int, total_steps: int, args: TrainingArguments) -> float:
+    """What the learning rates are multiplied by in a step (counted from 0): a function of the step alone.
+
+    The schedules are those of diffusers' `get_scheduler` at its defaults, where `polynomial` has power 1 and
+    `cosine_with_restarts` one cycle. `lr_decay_steps` makes of a constant rate warmup-stable-decay.
+    """
+    warmup = 0 if args.lr_scheduler == "constant" else args.lr_warmup_steps
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    match args.lr_scheduler:
+        case _ if step < warmup:
+            factor = step / warmup
+        case "linear" | "polynomial":
+            factor = 1 - progress
+        case "cosine" | "cosine_with_restarts":
+            factor = (1 + math.cos(math.pi * progress)) / 2
+        case _:
+            factor = 1.0
+    return factor * min(1.0, (total_steps - step) / max(1, args.lr_decay_steps))
+
+
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """`U V^T` of the singular value decomposition `U S V^T`, approximately: singular values end between 0.7 and 1.2.
 
@@ -33,7 +74,7 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
         bfloat16, of the same shape.
     """
     a, b, c = NS_COEFFICIENTS
-    X = matrices.bfloat16()
+    X: torch.Tensor = matrices.bfloat16()
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X  # X X^T is the smaller of the two products
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # singular values of at most 1
@@ -87,11 +128,10 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                (self._muon_step if group["muon"] else self._adamw_step)(params, group)
+                (self._muon_step if group["muon"] else self._adamw_step)(params, [p.grad for p in params], group)
 
-    def _muon_step(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _muon_step(self, params: list[torch.Tensor], grads: list[torch.Tensor], group: dict[str, Any]) -> None:
         mu = group["momentum"]
-        grads = [p.grad for p in params]
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -109,7 +149,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(direction.view(shape), alpha=group["lr"] * max(1, rows / columns) ** 0.5)
 
-    def _adamw_step(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _adamw_step(self, params: list[torch.Tensor], grads: list[torch.Tensor], group: dict[str, Any]) -> None:
         for p in params:
             if not self.state[p]:
                 zeros = (torch.zeros_like(p), torch.zeros_like(p))
@@ -118,10 +158,11 @@ class MuonAdamW(torch.optim.Optimizer):
         states = [self.state[p] for p in params]
         adamw(
             params,
-            [p.grad for p in params],
-            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
-            [],
-            [state["step"] for state in states],
+            grads,
+            exp_avgs=[state["exp_avg"] for state in states],
+            exp_avg_sqs=[state["exp_avg_sq"] for state in states],
+            max_exp_avg_sqs=[],
+            state_steps=[state["step"] for state in states],
             fused=True,
             amsgrad=False,
             beta1=group["betas"][0],
@@ -135,7 +176,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def hidden_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The parameters of a U-Net, ours or diffusers', that Muon is for, and all others."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         hidden = p.ndim >= 2 and not set(ADAMW_MODULES) & set(name.split("."))
         (matrices if hidden else others).append(p)

@@ -1,17 +1,16 @@
 """Kill training runs in the midst of writes, flushes and renames and at random; resume them; compare how they end.
 
-Each run of `examples/train.py` is a process of its own, forked from this one, which has imported what takes long.
+`python tests/kills.py` does so at every kind of moment, which takes half an hour; `--count 1` at a few. Each run of
+`examples/train.py` is a process of its own, forked from this one, which has imported what takes long.
 """
 
 import argparse
-import json
 import os
 import random
 import re
 import runpy
 import shutil
 import signal
-import statistics
 import sys
 import tempfile
 import threading
@@ -22,29 +21,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from faults import Injector, watch
+from tiny_training import command_line, write_workplace
 
-from mnist_ddpm.cli import provenance
 from mnist_ddpm.training.checkpoints import list_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "examples" / "train.py"
-UNET = {"sample_size": 28, "in_channels": 1, "out_channels": 1, "block_out_channels": (4, 8), "attention_head_dim": 4}
-UNET |= {"layers_per_block": 1, "norm_num_groups": 2, "dropout": 0.1, "_class_name": "MNISTUNet2DModel"}
 STEPS = 12
 FLAGS = {
-    "--split": "train[:64]",
-    "--max_train_steps": STEPS,
-    "--train_batch_size": 16,  # an epoch is 4 steps
-    "--lr_warmup_steps": 2,
-    "--mixed_precision": "no",
-    "--checkpointing_steps": 2,
-    "--checkpoints_total_limit": 2,
-    "--save_model_epochs": 1,
-    "--save_images_steps": 1,
-    "--eval_batch_size": 4,
-    "--ddpm_num_inference_steps": 4,
-    "--logger": "none",
-    "--resume_from_checkpoint": "latest",  # from the first run on, as a supervisor would have it
+    "max_train_steps": STEPS,
+    "train_batch_size": 6,  # an epoch is 4 steps
+    "checkpointing_steps": 2,
+    "checkpoints_total_limit": 2,
+    "save_model_epochs": 1,
+    "save_images_steps": 1,
+    "eval_batch_size": 4,
+    "ddpm_num_inference_steps": 4,
+    "resume_from_checkpoint": "latest",  # from the first run on, as a supervisor would have it
 }
 RANDOM = {"random kill": signal.SIGKILL, "random term": signal.SIGTERM, "random int": signal.SIGINT}
 
@@ -60,11 +53,10 @@ class Fault(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a process ended: exit code, what it printed, and the seconds it went on after a first signal to stop."""
+    """How a process ended: exit code, and what it printed."""
 
     code: int
     output: str
-    seconds_to_exit: float | None
 
     @property
     def said(self) -> str:
@@ -77,39 +69,20 @@ class Outcome(NamedTuple):
         return re.findall(r"^operation \d+: (.*)$", self.output, re.MULTILINE)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--count", type=int, help="Runs of each kind at most; without it, all of them.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the choice of moments.")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "kills.json")
-    args = parser.parse_args(argv)
-    args.command = ["python", "benchmarks/kills.py", *argv]
-    return args
+def flags_of(output_dir: Path, workplace: Path) -> list[str]:
+    """The flags of all runs, which differ in the folder only."""
+    return command_line(workplace, **FLAGS, output_dir=output_dir)
 
 
-def command_line(output_dir: Path, scratch: Path) -> list[str]:
-    """The flags of all runs, which differ in the folder only; the U-Net's config and a cache are in `scratch`."""
-    flags = {
-        **FLAGS,
-        "--output_dir": output_dir,
-        "--model_config_name_or_path": scratch,
-        "--cache_dir": scratch / "cache",
-    }
-    return [str(part) for flag in flags.items() for part in flag]
-
-
-def train(output_dir: Path, scratch: Path, fault: Fault | None = None) -> Outcome:
+def train(output_dir: Path, workplace: Path, fault: Fault | None = None) -> Outcome:
     """Run `examples/train.py` in a process of its own until it ends, one way or another."""
     read, write = os.pipe()
-    start = time.monotonic()
     pid = os.fork()
     if pid == 0:
         os.close(read)
         os.dup2(write, 1)
         os.dup2(write, 2)
-        os._exit(_run_script(command_line(output_dir, scratch), output_dir, fault))
+        os._exit(_run_script(flags_of(output_dir, workplace), output_dir, fault))
     os.close(write)
     timer = None
     if fault and fault.kind in RANDOM:
@@ -120,11 +93,7 @@ def train(output_dir: Path, scratch: Path, fault: Fault | None = None) -> Outcom
     if timer:
         timer.cancel()
         timer.join()
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    end = time.monotonic()
-    struck = re.search(r"^(?:term|int).* at ([\d.]+)$", output, re.MULTILINE)
-    signalled = start + fault.at if fault and fault.kind in RANDOM else float(struck[1]) if struck else None
-    return Outcome(code, output, signalled and end - signalled)
+    return Outcome(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output)
 
 
 def _run_script(argv: list[str], output_dir: Path, fault: Fault | None) -> int:
@@ -220,76 +189,56 @@ def check_outcome(fault: Fault, outcome: Outcome) -> list[str]:
     }.get(fault.kind, {-signal.SIGTERM, 1})  # told to stop, it leaves with 0; or at once, before it trains
     problems = [] if outcome.code in allowed | {0} else [f"exit code {outcome.code}"]
     if fault.kind == "full" and outcome.code:
-        named = re.search(r"^error: .*--output_dir", outcome.output, re.MULTILINE)
+        named = re.search(r"^error: output_dir must be writable", outcome.output, re.MULTILINE)
         problems += (
-            [] if named and "Traceback" not in outcome.output else ["no error of one line that names --output_dir"]
+            [] if named and "Traceback" not in outcome.output else ["no error of one line that names output_dir"]
         )
     return problems
 
 
-def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Kill, resume, compare, and write the figures."""
-    import datasets  # noqa: F401
-    import diffusers.optimization  # noqa: F401
+def main(count: int | None, seed: int) -> bool:
+    """Kill, resume, compare; returns whether all runs ended as one that was left alone."""
     import torch
 
-    import mnist_ddpm.training.trainer  # noqa: F401
+    import mnist_ddpm.training  # noqa: F401
 
     torch.set_num_threads(1)
-    rng = random.Random(args.seed)
-    struck, passed_over = Counter[str](), Counter[str]()
-    failures, seconds_to_exit = [], []
+    struck, skipped, failures = Counter[str](), 0, 0
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
-        (scratch / "config.json").write_text(json.dumps(UNET))
-        train(scratch / "first" / "run", scratch)  # fills the cache of the data set
+        workplace = write_workplace(scratch / "workplace", dropout=0.1)
+        train(scratch / "first" / "run", workplace)  # fills the cache of the data set
         start = time.monotonic()
-        whole = train(scratch / "whole" / "run", scratch)
+        whole = train(scratch / "whole" / "run", workplace)
         seconds = time.monotonic() - start
-        if whole.code:
-            raise RuntimeError(f"the run that was left alone failed:\n{whole.output}")
+        assert whole.code == 0, whole.output
         expected = ending(scratch / "whole" / "run")
-        chains = plan(whole.operations, seconds, rng, args.count)
-        for number, faults in enumerate(chains, start=1):
-            print(f"{number:4} of {len(chains)}  {'; '.join(f'{kind} at {at:g}' for kind, at in faults)}", flush=True)
+        for number, faults in enumerate(plan(whole.operations, seconds, random.Random(seed), count)):
             run = scratch / str(number) / "run"
             outcomes, problems = [], []
             for fault in faults:
                 if fault.kind == "damage":
                     damage(run, int(fault.at))
                     continue
-                outcomes.append(outcome := train(run, scratch, fault))
+                outcomes.append(outcome := train(run, workplace, fault))
                 problems += check_outcome(fault, outcome)
-                stopped = "Stopped early" in outcome.output
-                struck[fault.kind] += stopped or outcome.code != 0
-                seconds_to_exit += [outcome.seconds_to_exit] if stopped else []
-            outcomes.append(train(run, scratch))
+                struck[fault.kind] += "Stopped early" in outcome.output or outcome.code != 0
+            outcomes.append(train(run, workplace))
             ended = ending(run)
             problems += [name for name in expected | ended if expected.get(name) != ended.get(name)]
-            passed_over[faults[-1].kind] += sum(outcome.output.count("Passing over it") for outcome in outcomes)
+            skipped += sum(outcome.output.count("Skipping") for outcome in outcomes)
+            print("; ".join(f"{kind} at {at:g}" for kind, at in faults), problems or "", flush=True)
             if problems or outcomes[-1].code:
-                failures.append({"faults": faults, "problems": problems, "output": [x.said for x in outcomes]})
-                print(json.dumps(failures[-1], indent=2), flush=True)
+                failures += 1
+                print(*(outcome.said for outcome in outcomes), sep="\n", flush=True)
             shutil.rmtree(run)
-
-    result = {
-        "kills": {"total": struck.total(), **struck},
-        "operations": len(whole.operations),
-        "chains": len(chains),
-        "files_compared": len(expected),
-        "bytes_compared": sum(map(len, expected.values())),
-        "seconds_from_signal_to_exit": {"median": statistics.median(seconds_to_exit), "max": max(seconds_to_exit)},
-        "damaged_checkpoints_passed_over": {
-            "by hand": passed_over.pop("damage", 0),
-            "by kills": passed_over.total(),
-        },
-        "failures": failures,
-        **provenance(args),
-    }
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{struck.total()} kills, {len(failures)} failures")
-    return result
+    print(f"{struck.total()} kills, {skipped} damaged checkpoints skipped, {failures} failures")
+    return not failures
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main(parse_args())["failures"]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, help="runs of each kind at most; without it, all of them")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of moments")
+    args = parser.parse_args()
+    sys.exit(not main(args.count, args.seed))
