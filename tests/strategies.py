@@ -33,8 +33,6 @@ SPARE_MEMORY = 2**31  # bytes of address space that a case may take
 # values that are no number, or a number that is out of every range
 NO_NUMBERS = [None, "1", "", b"1", [], [0.5], {}, 1j, object(), math.nan]
 ABSURD = [math.inf, -math.inf, -1, 10**12, 10**400]
-NO_SWITCHES = [None, "False", "", 2, 0.5, [], math.nan]
-NO_CHOICES = [None, "", "Linear", 1, True, ["linear"], {}, math.nan]
 
 
 def searched(cases, least_accepted=1 / 3, examples=(), **strategies):
