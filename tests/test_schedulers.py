@@ -44,14 +44,6 @@ def test_cosine_betas_follow_iddpm_equation_17(name):
     assert scheduler.config.beta_schedule == "squaredcos_cap_v2"
 
 
-def test_trained_betas_set_the_number_of_timesteps():
-    betas = np.array([0.1, 0.2, 0.3])
-    scheduler = MNISTDDPMScheduler(trained_betas=betas)
-    close(scheduler.betas, torch.from_numpy(betas))
-    assert scheduler.config.num_train_timesteps == len(scheduler) == 3
-    assert scheduler.config.trained_betas == [0.1, 0.2, 0.3]
-
-
 @BOTH
 def test_constants_are_float64_and_one_is_put_in_front(scheduler_class):
     scheduler = scheduler_class()
@@ -86,16 +78,6 @@ def test_chained_forward_steps_have_the_distribution_of_the_closed_form():
         mean, variance = a * mean, a * a * variance + b * b
         assert mean == pytest.approx(scheduler.sample_forward(one, t, zero).item(), rel=1e-12)
         assert variance**0.5 == pytest.approx(scheduler.sample_forward(zero, t, one).item(), rel=1e-12)
-
-
-def test_velocity_and_its_inverse():
-    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0, from which x_0 and eps come back."""
-    x_0, noise, t = normal(0), normal(1), torch.tensor([3, 400, 990])
-    scheduler = MNISTDDPMScheduler(prediction_type="v_prediction", clip_sample=False)
-    alpha_bar = alpha_bars()[t].view(3, 1, 1, 1)
-    v = scheduler.get_velocity(x_0, noise, t)
-    close(v, alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x_0)
-    close(scheduler.step(v, t, scheduler.add_noise(x_0, noise, t)).pred_original_sample, x_0)
 
 
 # Steps
@@ -184,46 +166,7 @@ def test_ddim_at_eta_1_over_all_steps_is_ddpm_with_the_posterior_variance(predic
         close(x, y, rtol=1e-10, atol=1e-10)
 
 
-def test_the_three_predictions_of_one_model_give_one_step():
-    x_0, eps, t = normal(0).clamp(-1, 1), normal(1), torch.tensor([10, 400, 900])
-    a = alpha_bars()[t].view(3, 1, 1, 1)
-    x_t = a**0.5 * x_0 + (1 - a) ** 0.5 * eps
-    outputs = {"epsilon": eps, "sample": x_0, "v_prediction": a**0.5 * eps - (1 - a) ** 0.5 * x_0}
-    for scheduler_class in (MNISTDDPMScheduler, MNISTDDIMScheduler):
-        steps = [
-            scheduler_class(prediction_type=name, clip_sample=False).step(output, t, x_t, variance_noise=normal(2))
-            for name, output in outputs.items()
-        ]
-        for step in steps:
-            close(step.pred_original_sample, x_0, rtol=1e-10, atol=1e-10)
-            close(step.prev_sample, steps[0].prev_sample, rtol=1e-10, atol=1e-10)
-
-
 # Timesteps
-
-
-@BOTH
-def test_the_same_timesteps_asked_for_again_are_restored(scheduler_class):
-    scheduler = scheduler_class()
-    scheduler.set_timesteps(10)
-    expected, scheduler.timesteps = scheduler.timesteps.clone(), scheduler.timesteps[3:]
-    scheduler.set_timesteps(10)
-    assert scheduler.timesteps.equal(expected)
-    scheduler.register_to_config(timestep_spacing="leading", steps_offset=1)  # as some pipelines do
-    scheduler.set_timesteps(10)
-    assert scheduler.timesteps.tolist() == list(range(901, 0, -100))
-
-
-@pytest.mark.parametrize("kwargs", [{}, {"simple_var": True}, {"variance_type": "learned_range"}])
-@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
-def test_the_last_step_of_ddpm_has_no_noise(kwargs, spacing):
-    scheduler = MNISTDDPMScheduler(prediction_type="sample", timestep_spacing=spacing, steps_offset=1, **kwargs)
-    scheduler.set_timesteps(7)
-    channels = 2 if "variance_type" in kwargs else 1
-    x_0, t = normal(0, (3, channels, 4, 4)), scheduler.timesteps[-1]
-    for timestep in (t, t.expand(3)):  # one for all, and one for each
-        out = scheduler.step(x_0, timestep, normal(1), generator=torch.Generator().manual_seed(0))
-        close(out.prev_sample, out.pred_original_sample)
 
 
 # Randomness
@@ -318,7 +261,7 @@ def test_ddim_keeps_the_little_that_full_noise_leaves_of_eps_hat():
 
 
 @BOTH
-def test_copies_and_pickles_step_alike(scheduler_class):
+def test_copies_pickles_and_saved_configs_step_alike(scheduler_class, tmp_path):
     scheduler = scheduler_class(beta_schedule="cosine", simple_var=True)
     scheduler.set_timesteps(7)
     x, output, z = normal(0), normal(1), normal(2)
@@ -327,18 +270,10 @@ def test_copies_and_pickles_step_alike(scheduler_class):
         assert other.config == scheduler.config
         assert other.timesteps.equal(scheduler.timesteps)
         close(other.step(output, 999, x, variance_noise=z).prev_sample, expected)
-
-
-@BOTH
-def test_save_and_load(scheduler_class, tmp_path):
-    scheduler = scheduler_class(beta_schedule="cosine", simple_var=True, clip_sample_range=2.0)
     scheduler.save_pretrained(tmp_path)
     loaded = scheduler_class.from_pretrained(tmp_path)
-    assert {k: v for k, v in loaded.config.items() if k != "_use_default_values"} == {
-        k: v for k, v in scheduler.config.items() if k != "_use_default_values"
-    }
-    assert loaded.betas.equal(scheduler.betas)
-    assert loaded.simple_var
+    loaded.set_timesteps(7)
+    close(loaded.step(output, 999, x, variance_noise=z).prev_sample, expected)
 
 
 @pytest.mark.slow
@@ -589,17 +524,3 @@ def test_arguments_that_do_not_fit_are_refused(scheduler_class):
     for name, call in cases:
         with pytest.raises((ValueError, TypeError, IndexError, RuntimeError), match=name):
             call()
-
-
-@BOTH
-def test_predicted_noise_at_zero_signal_is_refused(scheduler_class):
-    scheduler, x = scheduler_class(rescale_betas_zero_snr=True), normal(0)
-    for call in (lambda: scheduler.set_timesteps(10), lambda: scheduler.step(x, 999, x)):
-        with pytest.raises(ValueError, match="prediction_type"):
-            call()
-    scheduler.set_timesteps(timesteps=[998, 500])
-    assert scheduler.step(x, 998, x).prev_sample.isfinite().all()
-    # a model that predicts v has no such trouble
-    scheduler = scheduler_class(rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    scheduler.set_timesteps(10)
-    close(scheduler.step(x, 999, 0 * x).pred_original_sample, (-x).clamp(-1, 1))  # v = -x_0 where x_t = eps
