@@ -650,7 +650,7 @@ def test_output_folder_that_cannot_be_written_is_named(run, tmp_path):
     ("flags", "message"),
     [
         (["--dataset_name", "/no/such/folder"], "dataset_name"),
-        (["--image_column", "img"], "image_column"),
+        (["--image_column", "img"], "'img'"),
         (["--split", "tain"], "split='tain'"),
         (["--dataset_config_name", "large"], "config_name='large'"),
         (["--resolution", "4"], "model_config_name_or_path .* --resolution"),
