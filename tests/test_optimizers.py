@@ -141,10 +141,7 @@ def test_hidden_matrices_of_a_unet(unet):
     names = {id(p): name for name, p in unet.named_parameters()}
     assert all(p.ndim >= 2 for p in matrices)
     in_adamw = {names[id(p)] for p in others}
-    assert {
-        "conv_in.weight",
-        "conv_out.weight",
-        "time_embedding.linear_1.weight",
-        "class_embedding.weight",
-    } <= in_adamw
+    ends = ("conv_in", "conv_out", "sample_gain", "gain_map.conv", "gain_map.log_scale", "class_embedding")
+    assert {f"{end}.weight" for end in ends} & set(names.values()) <= in_adamw
+    assert {"conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight"} <= in_adamw
     assert not [name for name in in_adamw if "conv1.weight" in name or "to_q.weight" in name]

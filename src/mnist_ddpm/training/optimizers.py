@@ -22,7 +22,7 @@ ADAMW_MODULES = (
     "time_emb_proj",
     "class_embedding",
     "sample_gain",
-    "pixel_gain",
+    "gain_map",
     "fourier_features",
 )
 
