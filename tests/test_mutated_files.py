@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from strategies import searched
 
 from mnist_ddpm import MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
 
@@ -51,9 +51,8 @@ def prediction(pipe):
         return pipe.unet.eval()(X, 7).sample
 
 
-@searched(
-    30,
-    least_accepted=0,
+@settings(max_examples=30, derandomize=True, deadline=None, database=None)
+@given(
     name=st.sampled_from([SCHEDULER, UNET]),
     position=st.integers(0, 30),
     value=st.sampled_from([None, True, 0, -1, 2, 0.5, 1e300, "", "../x", [], [0], {"a": 1}]),
@@ -65,11 +64,10 @@ def test_a_changed_config_gives_numbers_or_an_error(saved, changed, name, positi
     try:
         pipe = MNISTDDPMPipeline.from_pretrained(folder)
         output = prediction(pipe)
-    except Exception as error:
-        return type(error).__name__
+    except Exception:
+        return
     assert output.isfinite().all()
     assert pipe.scheduler.alphas_cumprod.isfinite().all()
-    return None
 
 
 def test_a_repository_with_more_weights_than_its_config_is_rejected(changed, tmp_path):
@@ -137,9 +135,8 @@ def with_header(data, change, position, value):
     return struct.pack("<Q", len(text)) + text + rest
 
 
-@searched(
-    30,
-    least_accepted=0,
+@settings(max_examples=30, derandomize=True, deadline=None, database=None)
+@given(
     change=st.sampled_from(["truncate", "shape", "data_offsets", "rename"]),
     position=st.integers(0, 999),
     value=st.sampled_from([0, -1, 1, 3, 2**31, 2**63, "8", None, 1.5]),
@@ -148,8 +145,7 @@ def test_changed_weights_are_rejected(saved, changed, change, position, value):
     data = with_header((saved / WEIGHTS).read_bytes(), change, position, value)
     try:
         pipe = MNISTDDPMPipeline.from_pretrained(changed(WEIGHTS, data))
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        return type(error).__name__
+    except (ValueError, OSError, RuntimeError, SafetensorError):
+        return
     # a shape of 1 may stand for itself
     torch.testing.assert_close(prediction(pipe), prediction(MNISTDDPMPipeline.from_pretrained(saved)))
-    return None
