@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mnist_ddpm import MNISTDDPMPipeline
-from mnist_ddpm.data import load_mnist
+from mnist_ddpm.data import MNIST, decode_images, load_split
 from mnist_ddpm.metrics import (
     ClassifierFeatures,
     class_scores,
@@ -31,16 +31,25 @@ class Quality:
         seed: of the noise that they begin with: sample i begins with the same noise in every pipeline.
         batch_size: samples at a time.
         device: where the pipelines are.
+        dataset_name: of the real images.
 
     Attributes:
         floor: the same scores of as many real test images.
     """
 
-    def __init__(self, num_images: int, seed: int = 0, batch_size: int = 250, device: str = "cpu"):
+    def __init__(
+        self,
+        num_images: int,
+        seed: int = 0,
+        batch_size: int = 250,
+        device: str = "cpu",
+        dataset_name: str = MNIST,
+    ):
         self.num_images, self.seed, self.batch_size, self.device = num_images, seed, batch_size, device
         self.classifier = ClassifierFeatures.from_pretrained().to(device)
-        self.reference = extract_features(self.classifier, load_mnist("train"))
-        self.floor = self.score(random_subset(load_mnist("test"), num_images, seed))
+        self.reference = extract_features(self.classifier, decode_images(load_split(dataset_name, split="train")))
+        test = decode_images(load_split(dataset_name, split="test"))
+        self.floor = self.score(random_subset(test, num_images, seed))
 
     def score(self, images: torch.Tensor) -> dict[str, float]:
         """FID and the share of confidently read digits of uint8 images (N, 1, 28, 28)."""
