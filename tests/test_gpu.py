@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tiny_training import write_workplace
 
 from mnist_ddpm import PRETRAINED, MNISTDDPMPipeline
@@ -37,6 +38,7 @@ def make_trainer(tmp_path):
             "logger": "none",
             "compile": False,
         }
+        AcceleratorState._reset_state(reset_partial_state=True)  # or the precision stays that of the first
         return Trainer(TrainingArguments(**defaults | arguments))
 
     return make
@@ -52,7 +54,7 @@ def losses(trainer):
 def test_samples_are_those_of_the_cpu(name):
     images = []
     for device in ("cpu", "cuda"):
-        pipe = MNISTDDPMPipeline.from_pretrained(PRETRAINED, torch_dtype=torch.float32).to(device)
+        pipe = MNISTDDPMPipeline.from_pretrained(PRETRAINED, dtype=torch.float32).to(device)
         pipe.scheduler = make_scheduler(name, pipe.scheduler.config)
         images.append(sample_tensor(pipe, 4, num_inference_steps=5).int())
     assert (images[0] - images[1]).abs().float().mean() < 0.5  # of 255 gray levels
