@@ -141,4 +141,6 @@ def test_hidden_matrices_of_a_unet(unet):
     assert all(p.ndim >= 2 for p in matrices)
     in_adamw = {names[id(p)] for p in others}
     assert {"conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight"} <= in_adamw
+    ends = ("sample_gain.weight", "gain_map.conv.weight", "gain_map.log_scale.weight")
+    assert {name for name in names.values() if name in ends} <= in_adamw
     assert not [name for name in in_adamw if "conv1.weight" in name or "to_q.weight" in name]

@@ -21,7 +21,7 @@ ADAMW_MODULES = (
     "time_embedding",
     "time_emb_proj",
     "sample_gain",
-    "pixel_gain",
+    "gain_map",
     "fourier_features",
 )
 

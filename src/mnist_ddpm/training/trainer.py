@@ -80,6 +80,8 @@ class Trainer:
             trained_betas=betas,
             prediction_type=args.prediction_type,
             variance_type=args.variance_type,
+            # v needs no clipping, which lifts black pixels (docs/theory.md); the bound is that of a clipped x0_hat
+            clip_sample=args.prediction_type != "v_prediction" or args.loss_type != "simple",
         )
         self.loss = DiffusionLoss(self.scheduler, args.snr_gamma, accelerator.device, args.loss_type, p)
         unet = make_unet(unet_config, images, args)
