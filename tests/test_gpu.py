@@ -80,7 +80,7 @@ def test_training_resumes(make_trainer, optimizer):
     parts = make_trainer("parts", resume_from_checkpoint="latest", **options)
     assert parts.first_step == 3
     parts.train()
-    assert losses(parts) == pytest.approx(losses(whole), rel=1e-3)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-2)
 
 
 @pytest.mark.gpu
