@@ -86,7 +86,7 @@ def test_latest_without_any_is_none_and_with_damaged_ones_only_an_error(tmp_path
 
 
 def test_a_named_checkpoint_must_be_there_and_whole(tmp_path):
-    with pytest.raises(FileNotFoundError, match="resume_from_checkpoint"):
+    with pytest.raises(DamagedCheckpointError, match="resume_from_checkpoint"):
         find_checkpoint(str(tmp_path / "checkpoint-1"), tmp_path)
     other = make_checkpoint(tmp_path, 1)
     assert find_checkpoint(str(other), tmp_path) == (other, read_manifest(other))

@@ -4,7 +4,6 @@ import gzip
 import io
 import logging
 import struct
-import time
 import zlib
 
 import datasets
@@ -74,15 +73,6 @@ def test_pixels_come_back_as_they_were(channels):
     np.testing.assert_array_equal(decoded.permute(0, 2, 3, 1).numpy(), expected)
 
 
-def test_image_column_is_the_one_named():
-    image = random_image()
-    np.testing.assert_array_equal(decode_images(image_set([image], "picture"), "picture")[0, 0], np.asarray(image))
-
-
-def test_bytes_without_a_type_are_images_too():
-    np.testing.assert_array_equal(decode(encode(random_image(), "PNG"))[0, 0], np.asarray(random_image()))
-
-
 @pytest.mark.parametrize(
     ("mode", "color", "file_format", "expected"),
     [
@@ -113,12 +103,6 @@ def test_lab_is_converted_to_srgb():
     image = Image.new("LAB", (2, 2), (round(50 * 2.55), 128, 128))
     decoded = decode(encode(image, "TIFF"))[0, :, 0, 0]
     assert (decoded - 0.466 * 255).abs().max() <= 1.5
-
-
-@pytest.mark.parametrize(("channels", "expected"), [(1, [76]), (3, [255, 0, 0]), (4, [255, 0, 0, 255])])
-def test_channels_convert_the_color(channels, expected):
-    red = Image.new("RGB", (2, 2), (255, 0, 0))  # luma of red: 0.299 * 255 = 76
-    assert decode_images(image_set([red]), channels=channels)[0, :, 0, 0].tolist() == expected
 
 
 def test_photos_are_turned_the_right_way_up():
@@ -166,10 +150,6 @@ def test_resizing_comes_after_compositing():
     assert torch.equal(decoded[0], decoded[1])
 
 
-def test_gray_and_transparency_stay_gray():
-    assert decode_images(image_set([Image.new("LA", (2, 2), (0, 0)), Image.new("L", (2, 2), 7)])).shape[1] == 1
-
-
 def test_four_channels_keep_the_transparency(said):
     image = Image.new("RGBA", (2, 2), (1, 2, 3, 4))
     assert decode_images(image_set([image]), channels=4)[0, :, 0, 0].tolist() == [1, 2, 3, 4]
@@ -184,22 +164,15 @@ PALETTE = [[3 * index, 3 * index + 1, 3 * index + 2] for index in range(85)]
     [
         # a gray level or a color that is transparent, at the depth of the file; the second pixel has another one
         (png(1, 0, b"\x80", b"\0\1"), [[255], [0]]),
-        (png(1, 0, b"\x40", b"\0\0"), [[255], [255]]),
-        (png(2, 0, b"\x60", b"\0\1"), [[255], [170]]),
         (png(4, 0, b"\x12", b"\0\1"), [[255], [34]]),
-        (png(8, 0, b"\x05\x06", b"\0\5"), [[255], [6]]),
         (png(16, 0, b"\x00\x05\x80\x80", b"\0\5"), [[255], [128]]),
-        (png(16, 0, b"\xff\x00\xff\xff", b"\xff\x00"), [[255], [255]]),
         (png(8, 2, bytes([1, 2, 3, 1, 2, 4]), bytes([0, 1, 0, 2, 0, 3])), [[255] * 3, [1, 2, 4]]),
         (png(16, 2, b"\1\0\2\0\3\0\1\0\2\0\4\0", b"\1\0\2\0\3\0"), [[255] * 3, [1, 2, 4]]),
         # an alpha for each entry of the palette
-        (png(8, 3, b"\1\2", b"\xff\0"), [[255] * 3, PALETTE[2]]),
         (png(8, 3, b"\1\2", b"\xff\x33"), [over(PALETTE[1], 51, 255), PALETTE[2]]),
         # an alpha for each pixel
         (png(16, 4, b"\0\0\0\0\x10\0\xff\xff"), [[255], [16]]),
         (png(16, 6, b"\0" * 8 + b"\1\0\2\0\3\0\xff\xff"), [[255] * 3, [1, 2, 3]]),
-        (encode(Image.new("LA", (2, 1), (100, 51)), "TGA"), [over([100], 51, 255)] * 2),
-        (encode(Image.new("RGBA", (2, 1), (100, 0, 50, 51)), "TIFF"), [over([100, 0, 50], 51, 255)] * 2),
         (
             encode(Image.new("RGBA", (2, 1), (100, 0, 50, 51)), "WEBP", lossless=True),
             [over([100, 0, 50], 51, 255)] * 2,
@@ -214,11 +187,6 @@ def test_every_kind_of_transparency_is_composited(file, expected, said):
         decoded = decoded[..., :2]
     assert decoded[0, :, 0].T.tolist() == [list(color) for color in expected]
     assert any("composited on white" in line for line in said())
-
-
-def test_background_is_checked():
-    with pytest.raises(ValueError, match="'nocolor'"):
-        decode_images(image_set([random_image()]), background="nocolor")
 
 
 # More than 8 bits
@@ -245,11 +213,6 @@ def test_16_bits_are_scaled_to_8_and_that_is_said(file, said):
     assert "1 of 1 images have more than 8 bits per channel: scaled to 8 bits" in line
 
 
-def test_16_bits_of_color_are_8_bits_and_that_is_said(said):
-    assert decode(png(16, 2, b"\x80\0\x40\0\x20\0")).flatten().tolist() == [128, 64, 32]
-    assert len(said()) == 1
-
-
 @pytest.mark.parametrize(
     ("dtype", "levels", "expected"),
     [
@@ -264,27 +227,21 @@ def test_the_largest_value_says_which_one_is_white(dtype, levels, expected, said
     assert len(said()) == 1
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.float32])
-def test_black_images_fit_any_range(dtype):
-    images = [Image.fromarray(np.full((1, 1), level, dtype)) for level in (0, 200, 0)]
-    assert decode_images(image_set(images)).flatten().tolist() == [0, 200, 0]
-
-
 @pytest.mark.parametrize(
-    "images",
-    [[[-1.0, 1.0]], [[0.0, 256.0]], [[0.0, np.nan]], [[0.0, np.inf]], [[0.0, 1.0], [0.0, 255.0]]],
-    ids=["negative", "above 255", "nan", "inf", "two ranges"],
+    ("dtype", "images"),
+    [
+        (np.float32, [[-1.0, 1.0]]),
+        (np.float32, [[0.0, 256.0]]),
+        (np.float32, [[0.0, np.nan]]),
+        (np.float32, [[0.0, 1.0], [0.0, 255.0]]),
+        (np.int32, [[-1, 5]]),
+        (np.int32, [[0, 65_536]]),
+        (np.int32, [[0, 65_535], [0, 255]]),
+    ],
 )
-def test_floats_of_unknown_range_are_rejected(images):
-    rows = [Image.fromarray(np.array([levels], np.float32)) for levels in images]
-    with pytest.raises(ValueError, match=rf"image_column must .*image {len(images) - 1}.*is white"):
-        decode_images(image_set(rows))
-
-
-@pytest.mark.parametrize("images", [[[-1, 5]], [[0, 65_536]], [[0, 65_535], [0, 255]]])
-def test_integers_of_unknown_range_are_rejected(images):
-    rows = [Image.fromarray(np.array([levels], np.int32)) for levels in images]
-    with pytest.raises(ValueError, match=rf"image_column must .*image {len(images) - 1}.*is white"):
+def test_levels_of_unknown_range_are_rejected(dtype, images):
+    rows = [Image.fromarray(np.array([levels], dtype)) for levels in images]
+    with pytest.raises(ValueError, match=rf"image_column .*image {len(images) - 1}"):
         decode_images(image_set(rows))
 
 
@@ -321,60 +278,36 @@ def test_longer_sides_round_and_crop_as_torchvision_does():
 
 def test_mixed_sizes_need_a_resolution():
     mixed = image_set([random_image(), random_image(), random_image(7, 8)])
-    with pytest.raises(ValueError, match=r"resolution must .*8 x 7 in image 2.*8 x 6.*--resolution 28"):
+    with pytest.raises(ValueError, match=r"resolution .*8 x 7 in image 2.*8 x 6"):
         decode_images(mixed)
-    with pytest.raises(ValueError, match=r"resolution must .*center_crop=True"):
+    with pytest.raises(ValueError, match=r"resolution .*center_crop"):
         decode_images(mixed, resolution=14, center_crop=False)
 
 
 def test_mixed_colors_need_channels():
     mixed = image_set([random_image(), random_image(channels=3)])
-    with pytest.raises(ValueError, match=r"channels must .*3 in image 1.*channels=1 \(--channels 1\)"):
+    with pytest.raises(ValueError, match=r"channels .*--channels"):
         decode_images(mixed)
     assert decode_images(mixed, channels=3).shape == (2, 3, 6, 8)
     assert decode_images(mixed, channels=1).shape == (2, 1, 6, 8)
 
 
-# Rejected images
-
-
-def test_no_such_column_names_the_columns():
-    with pytest.raises(ValueError, match=r"image_column must .*'picture', 'label', got 'image'"):
-        decode_images(image_set([random_image()], "picture"))
-
-
-def test_column_without_images_is_rejected():
-    with pytest.raises(ValueError, match=r"image_column must .*'label'"):
-        decode_images(image_set([random_image()]), "label")
-
-
-def test_undecodable_image_is_named():
-    good = encode(random_image(40, 40), "PNG")
-    for broken in (b"no image", good[:200], b""):
-        with pytest.raises(ValueError, match=r"image_column must .*image 1, which"):
-            decode(good, broken)
-
-
-def test_undecodable_file_is_named(tmp_path):
-    random_image().save(tmp_path / "0.png")
-    (tmp_path / "1.png").write_bytes(b"cut")
-    with pytest.raises(ValueError, match=r"image_column must .*1\.png"):
-        decode_images(load_split(tmp_path, cache_dir=str(tmp_path / "cache")))
-
-
-def test_missing_image_is_named():
-    with pytest.raises(ValueError, match=r"image_column must .*image 1, .*missing"):
-        decode_images(image_set([random_image(), None]))
-
-
-def test_empty_set_is_rejected():
-    with pytest.raises(ValueError, match="dataset must hold images"):
-        decode_images(image_set([random_image()]).select([]))
-
-
-def test_number_of_channels_is_checked():
-    with pytest.raises(ValueError, match=r"channels must be .*2"):
-        decode_images(image_set([random_image()]), channels=2)
+@pytest.mark.parametrize(
+    ("rows", "name"),
+    [
+        (image_set([random_image()]).rename_column("label", "picture").remove_columns("image"), "image"),
+        (datasets.Dataset.from_dict({"image": [3, 4]}), "image_column"),
+        (image_set([random_image()]).select([]), "image_column .*0 rows"),
+        (image_set([random_image(), None]), "image_column .*image 1"),
+        *(
+            (datasets.Dataset.from_dict({"image": [encode(random_image(), "PNG"), broken]}), "image_column .*image 1")
+            for broken in (b"no image", encode(random_image(40, 40), "PNG")[:200], b"")
+        ),
+    ],
+)
+def test_what_is_no_image_is_rejected(rows, name):
+    with pytest.raises(ValueError, match=name):
+        decode_images(rows)
 
 
 # Labels
@@ -412,13 +345,8 @@ def test_labels_and_names_of_classes(feature, values, labels, names, format_type
 )
 def test_what_is_no_class_is_rejected(feature, values):
     rows = datasets.Dataset.from_dict({"kind": values}, datasets.Features({"kind": feature}))
-    with pytest.raises(ValueError, match=r"label_column must .*'kind'"):
+    with pytest.raises(ValueError, match="label_column"):
         load_labels(rows, "kind")
-
-
-def test_no_such_label_column_names_the_columns():
-    with pytest.raises(ValueError, match=r"label_column must .*'image', 'label', got 'digit'"):
-        load_labels(image_set([random_image()]), "digit")
 
 
 # Loading
@@ -456,15 +384,9 @@ def test_parquet_file_and_folder_in_the_hubs_layout(tmp_path, cache_dir):
         assert torch.equal(decode_images(load_split(str(name), cache_dir=cache_dir)), expected)
     assert len(load_split(str(tmp_path / "set"), split="test[:3]", cache_dir=cache_dir)) == 3
     assert len(load_split(folder / "test-00000-of-00001.parquet", split="test[1:]", cache_dir=cache_dir)) == 3
-    with pytest.raises(ValueError, match=r"dataset_name must .*split='tain'.*train"):
-        load_split(str(tmp_path / "set"), split="tain", cache_dir=cache_dir)
-    with pytest.raises(ValueError, match=r"dataset_name must .*config_name='other'"):
-        load_split(str(tmp_path / "set"), "other", cache_dir=cache_dir)
-
-
-def test_parquet_file_with_a_pattern_in_its_name(tmp_path, cache_dir):
-    image_set([random_image()]).to_parquet(tmp_path / "set[1].parquet")
-    assert len(load_split(tmp_path / "set[1].parquet", cache_dir=cache_dir)) == 1
+    for options in ({"split": "tain"}, {"config_name": "other"}):
+        with pytest.raises(ValueError, match="dataset_name"):
+            load_split(tmp_path / "set", **options, cache_dir=cache_dir)
 
 
 @pytest.mark.parametrize("others", [[], ["README.md"], ["0.txt", "1.txt", "2.txt", "3.txt"], ["0.json", "labels.csv"]])
@@ -476,26 +398,23 @@ def test_folder_of_images_whatever_else_is_in_it(tmp_path, cache_dir, others):
     np.testing.assert_array_equal(decoded[:, 0], pixels)
 
 
-def test_folder_of_classes_has_labels(tmp_path, cache_dir):
-    pixels = save_images(tmp_path / "set", "cat/0.png", "cat/1.png", "dog/0.png")
-    rows = load_split(tmp_path / "set", cache_dir=cache_dir)
-    np.testing.assert_array_equal(decode_images(rows)[:, 0], pixels)
-    labels, names = load_labels(rows)
-    assert (labels.tolist(), names) == ([0, 0, 1], ["cat", "dog"])
+def test_folders_of_classes_and_of_splits(tmp_path, cache_dir):
+    names = [f"{split}/{kind}/0.png" for split in ("train", "test") for kind in ("cat", "dog")]
+    pixels = save_images(tmp_path / "set", *names)
+    for name, options in (("set/train", {}), ("set", {"split": "train"})):
+        rows = load_split(tmp_path / name, **options, cache_dir=cache_dir)
+        np.testing.assert_array_equal(decode_images(rows)[:, 0], pixels[:2])
+        labels, classes = load_labels(rows)
+        assert (labels.tolist(), classes) == ([0, 1], ["cat", "dog"])
 
 
-def test_folder_of_splits(tmp_path, cache_dir):
-    pixels = save_images(tmp_path / "set", "train/a/0.png", "train/b/0.png", "test/a/0.png", "test/b/0.png")
-    rows = load_split(tmp_path / "set", split="test", cache_dir=cache_dir)
-    np.testing.assert_array_equal(decode_images(rows)[:, 0], pixels[2:])
-    assert load_labels(rows)[0].tolist() == [0, 1]
-
-
-def test_folder_named_like_a_format(tmp_path, cache_dir, monkeypatch):
-    (tmp_path / "csv").mkdir()
-    image_set([random_image()]).to_parquet(tmp_path / "csv" / "train.parquet")
+def test_names_that_mean_something_else_to_datasets(tmp_path, cache_dir, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert len(load_split("csv", cache_dir=cache_dir)) == 1
+    (tmp_path / "csv").mkdir()
+    for name in ("csv/train.parquet", "set[1].parquet"):
+        image_set([random_image()]).to_parquet(name)
+    for name in ("csv", "set[1].parquet"):
+        assert len(load_split(name, cache_dir=cache_dir)) == 1
 
 
 # MNIST's own files
@@ -531,8 +450,6 @@ def test_folder_of_ubyte_files(tmp_path, suffixes, separator):
             assert load_labels(rows)[0].tolist() == labels.tolist()
             assert load_labels(rows)[1] == ["0", "1", "2", "3"]
     assert load_labels(load_split(tmp_path, split="train[1:3]+test[:1]"))[0].tolist() == [0, 3, 0]
-    with pytest.raises(ValueError, match=r"dataset_name must .*split='tain'.*train"):
-        load_split(tmp_path, split="tain")
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -543,37 +460,17 @@ def test_ubyte_file_is_the_split_that_is_asked_for(tmp_path, suffix, split):
     expected = SPLITS["t10k"][0][: 2 if "[" in split else None]
     np.testing.assert_array_equal(decode_images(rows)[:, 0], expected)
     assert rows.column_names == ["image", "label"]
-
-
-def test_ubyte_file_of_any_name_without_labels(tmp_path):
-    write_ubyte(tmp_path / "pixels", RANDOM)
-    rows = load_split(tmp_path / "pixels")
-    np.testing.assert_array_equal(decode_images(rows)[:, 0], RANDOM)
-    assert rows.column_names == ["image"]
-
-
-def test_two_data_sets_in_one_folder_are_told_apart(tmp_path):
-    for name in ("MNIST", "FashionMNIST"):
-        write_mnist(tmp_path / name / "raw")
-    with pytest.raises(ValueError, match=r"dataset_name must .*MNIST.*Name one folder"):
-        load_split(tmp_path)
-    assert len(load_split(tmp_path / "FashionMNIST")) == 5
-
-
-def test_labels_for_another_number_of_images_are_rejected(tmp_path):
-    write_ubyte(tmp_path / "train-images-idx3-ubyte", RANDOM)
-    write_ubyte(tmp_path / "train-labels-idx1-ubyte", np.uint8([0, 1]))
-    with pytest.raises(ValueError, match="dataset_name must "):
-        load_split(tmp_path)
+    write_ubyte(tmp_path / "pixels", RANDOM)  # of any name, without labels
+    assert load_split(tmp_path / "pixels").column_names == ["image"]
 
 
 # What can't be loaded
 
 
-def one_line(name, cache_dir, split="train"):
+def one_line(name, cache_dir):
     """The error for a folder or file, which names it and what it may hold, in one line."""
-    with pytest.raises((ValueError, FileNotFoundError), match="dataset_name must be a folder of images") as error:
-        load_split(name, split=split, cache_dir=cache_dir)
+    with pytest.raises(ValueError, match="dataset_name must be a folder of images") as error:
+        load_split(name, cache_dir=cache_dir)
     assert str(name) in str(error.value)
     assert len(str(error.value).splitlines()) == 1
     return str(error.value)
@@ -582,20 +479,15 @@ def one_line(name, cache_dir, split="train"):
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "nowhere", "no/such.parquet", "a/b/c"])
 def test_missing_folder_is_named_without_asking_the_hub(name, cache_dir, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", None)
-    assert "no such folder or file" in one_line(name, cache_dir)
+    assert "No such file" in one_line(name, cache_dir)
 
 
-def test_neither_folder_nor_data_set_on_the_hub(hub, cache_dir, monkeypatch):
+def test_neither_folder_nor_data_set_on_the_hub_fails_at_once(hub, cache_dir, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", None)  # which would try for long
-    assert "no such folder, and on the Hub: no such data set" in one_line("data/typo", cache_dir)
-
-
-def test_hub_out_of_reach_fails_at_once(cache_dir, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    began = time.monotonic()
-    assert "no such folder, and on the Hub: " in one_line("data/typo", cache_dir)
-    assert "no such folder, and on the Hub: " in one_line("my data/typo", cache_dir)
-    assert time.monotonic() - began < 10
+    one_line("data/typo", cache_dir)
+    with hub.refusing_connections():
+        one_line("data/typo", cache_dir)
+        one_line("my data/typo", cache_dir)
 
 
 def test_what_is_in_the_cache_needs_no_hub(cache_dir, tmp_path, monkeypatch):
@@ -605,57 +497,44 @@ def test_what_is_in_the_cache_needs_no_hub(cache_dir, tmp_path, monkeypatch):
     assert load_split("user/MyDigits", cache_dir=cache_dir) == (("user/MyDigits", None), "train")
 
 
-def test_empty_folder(tmp_path, cache_dir):
-    (tmp_path / "empty").mkdir()
-    one_line(tmp_path / "empty", cache_dir)
-
-
-def test_folder_without_images(tmp_path, cache_dir):
-    (tmp_path / "arrays").mkdir()
-    np.save(tmp_path / "arrays" / "images.npy", RANDOM)
-    one_line(tmp_path / "arrays", cache_dir)
-
-
-def test_folder_of_labels_only(tmp_path, cache_dir):
-    write_ubyte(tmp_path / "set" / "train-labels-idx1-ubyte", np.uint8([0, 1]))
-    one_line(tmp_path / "set", cache_dir)
-
-
-def test_folder_with_a_pattern_in_its_name(tmp_path, cache_dir):
-    save_images(tmp_path / "set[1]", "0.png")
-    assert "Rename the folder" in one_line(tmp_path / "set[1]", cache_dir)
-
-
-def test_what_save_to_disk_wrote(tmp_path, cache_dir):
-    image_set([random_image()]).save_to_disk(tmp_path / "saved")
-    one_line(tmp_path / "saved", cache_dir)
+def ubyte(kind, *shape):
+    """A file of MNIST's format without its values."""
+    return struct.pack(f">4B{len(shape)}I", 0, 0, kind, len(shape), *shape)
 
 
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("0.png", encode(random_image(), "PNG")),
+        ("picture", encode(random_image(), "PNG")),
         ("images.npy", b"\x93NUMPY\x01\x00"),
         ("images.npz", b"PK\x03\x04 and more"),
         ("images.csv.gz", gzip.compress(b"1,2,3")),
-        ("images.gz", gzip.compress(b"1,2,3")[:10]),
         ("broken.gz", b"\x1f\x8b\x08 no gzip"),
-        ("empty", b""),
         ("empty.parquet", b""),
         ("broken.parquet", b"PAR1 cut short"),
-        ("train-images-idx3-ubyte", struct.pack(">4B3I", 0, 0, 8, 3, 2, 28, 28) + b"too short"),
-        ("train-images-idx3-ubyte", bytes([0, 0, 8, 3, 1])),
-        ("train-images-idx3-ubyte", struct.pack(">4BI4B", 0, 0, 12, 1, 1, 0, 0, 0, 0)),  # integers
-        ("train-labels-idx1-ubyte", struct.pack(">4BI2B", 0, 0, 8, 1, 2, 0, 1)),
-        ("train-images-idx3-ubyte.gz", gzip.compress(struct.pack(">4B3I", 0, 0, 8, 3, 1, 2, 2) + b"1234")[:-9]),
+        ("train-images-idx3-ubyte", ubyte(8, 2, 28, 28) + b"too short"),
+        ("train-images-idx3-ubyte", ubyte(12, 1) + bytes(4)),  # integers
+        ("train-labels-idx1-ubyte", ubyte(8, 2) + b"\0\1"),
+        ("train-images-idx3-ubyte.gz", gzip.compress(ubyte(8, 1, 2, 2) + b"1234")[:-9]),
     ],
 )
-def test_file_that_holds_no_images(tmp_path, cache_dir, name, data):
-    (tmp_path / name).write_bytes(data)
-    one_line(tmp_path / name, cache_dir)
-
-
-def test_folder_with_a_broken_parquet_file(tmp_path, cache_dir):
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_files_and_folders_without_images(tmp_path, cache_dir, name, data, in_folder):
     (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "train.parquet").write_bytes(b"PAR1 cut short")
-    one_line(tmp_path / "set", cache_dir)
+    (tmp_path / "set" / name).write_bytes(data)
+    one_line(tmp_path / "set" if in_folder else tmp_path / "set" / name, cache_dir)
+
+
+def test_folders_that_are_not_what_they_seem(tmp_path, cache_dir):
+    (tmp_path / "empty").mkdir()
+    one_line(tmp_path / "empty", cache_dir)
+    image_set([random_image()]).save_to_disk(tmp_path / "saved")
+    one_line(tmp_path / "saved", cache_dir)
+    save_images(tmp_path / "set[1]", "0.png")
+    assert "Rename the folder" in one_line(tmp_path / "set[1]", cache_dir)
+    for name in ("MNIST", "FashionMNIST"):
+        write_mnist(tmp_path / "both" / name / "raw")
+    assert "Name one folder" in one_line(tmp_path / "both", cache_dir)
+    write_ubyte(tmp_path / "labels" / "train-images-idx3-ubyte", RANDOM)
+    write_ubyte(tmp_path / "labels" / "train-labels-idx1-ubyte", np.uint8([0, 1]))  # of another number of images
+    one_line(tmp_path / "labels", cache_dir)

@@ -152,7 +152,7 @@ def test_more_timesteps_than_there_are_is_an_error(tmp_path, dataset):
 
 
 def test_an_output_that_cannot_be_written_is_rejected_before_any_work(tmp_path, images):
-    with pytest.raises(OSError, match="output"):
+    with pytest.raises(OSError, match="directory"):
         run("--samples", save(tmp_path, images), "--output", str(tmp_path))
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 import train
 from accelerate.state import AcceleratorState
-from diffusers import AutoModel, DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import AutoModel, DiffusionPipeline, DPMSolverMultistepScheduler
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.utils import _http
 from loopback_hub import READER, USER, WRITER
@@ -25,7 +26,6 @@ import mnist_ddpm
 from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
 from mnist_ddpm.hub import add_scores, check_repository, main, publish, publish_checkpoint, write_card
 from mnist_ddpm.images import image_grid
-from mnist_ddpm.metrics import ClassifierFeatures
 
 REPO = f"{USER}/mnist-ddpm"
 SOURCES = {"pipeline.py", "scheduler/schedulers.py", "unet/unet.py"}
@@ -93,14 +93,6 @@ def test_saved_pipeline_is_self_contained(tmp_path, pipe):
         assert (tmp_path / source).read_bytes() == (package / Path(source).name).read_bytes()
 
 
-def test_no_local_path_is_saved(tmp_path, pipe):
-    pipe.save_pretrained(tmp_path / "first")
-    loaded = MNISTDDPMPipeline.from_pretrained(tmp_path / "first")
-    loaded.save_pretrained(tmp_path / "second")
-    for name in LAYOUT - {WEIGHTS}:
-        assert str(tmp_path) not in (tmp_path / "second" / name).read_text(encoding="utf-8")
-
-
 def test_classes_of_others_are_saved_as_diffusers_does(tmp_path, pipe):
     class OwnUNet(MNISTUNet2DModel):
         pass
@@ -140,12 +132,6 @@ def test_every_way_of_publishing_writes_the_same(hub, tmp_path, monkeypatch, pip
         assert published["README.md"].decode() == card
 
 
-def test_weights_in_several_files_are_published(hub, tmp_path, pipe):
-    pipe.save_pretrained(tmp_path, max_shard_size="50KB", push_to_hub=True, repo_id=REPO, token=WRITER)
-    assert len([name for name in hub.files(REPO) if name.endswith(".safetensors")]) > 1
-    same_images(MNISTDDPMPipeline.from_pretrained(REPO), pipe)
-
-
 def test_text_is_utf_8_whatever_the_locale(tmp_path):
     """As on Windows: the card of a data set with a column in Chinese, and a pipeline saved and loaded."""
     code = """
@@ -161,16 +147,6 @@ MNISTDDPMPipeline.from_pretrained(sys.argv[1])
 """
     assert_success(new_process(code, tmp_path, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"))
     assert "| image_column | \u56fe |" in (tmp_path / "README.md").read_text(encoding="utf-8")
-
-
-def test_card_has_valid_metadata_and_the_repository_in_its_code(hub, pipe):
-    pipe.push_to_hub(REPO, token=WRITER)
-    card = ModelCard(hub.files(REPO)["README.md"].decode())
-    assert card.data.library_name == "diffusers"
-    assert card.data.pipeline_tag == "unconditional-image-generation"
-    assert card.data.license == "apache-2.0"
-    assert card.text.count(f'"{REPO}"') == 4
-    assert "namespace/name" not in card.text
 
 
 def test_card_tells_of_the_training_and_neither_of_tokens_nor_of_folders(hub, tmp_path, pipe):
@@ -213,11 +189,9 @@ def test_scores_get_into_the_card_and_into_the_model_index(hub, tmp_path, monkey
     measured = [(r.dataset_type, r.metric_type, r.metric_value) for r in data.eval_results]
     assert measured == [("ylecun/mnist", "fid", 1.25), ("ylecun/mnist", "precision", 0.875)]
 
-    scores.write_text("{}")
-    with pytest.raises(SystemExit, match="error: --scores must be"):
-        main([str(folder), REPO, "--scores", str(scores)])
-    with pytest.raises(SystemExit, match=r"error: .*No such file"):
-        main([str(folder), REPO, "--scores", "missing.json"])
+    for words in ([str(folder), REPO, "--scores", "missing.json"], [str(tmp_path), REPO]):
+        with pytest.raises(SystemExit, match=r"error: .*No such file"):
+            main(words)
 
 
 def test_a_card_on_the_hub_stays_unless_the_folder_has_one_of_its_own(hub, tmp_path, pipe):
@@ -233,42 +207,27 @@ def test_a_card_on_the_hub_stays_unless_the_folder_has_one_of_its_own(hub, tmp_p
 # Who can load it
 
 
-def test_loads_with_the_plugin_and_no_trust(hub, pipe):
-    pipe.push_to_hub(REPO, token=WRITER)
-    loaded = MNISTDDPMPipeline.from_pretrained(REPO)
-    assert type(loaded) is MNISTDDPMPipeline
-    assert type(loaded.unet) is MNISTUNet2DModel
-    assert type(loaded.scheduler) is MNISTDDPMScheduler
-    same_images(loaded, pipe)
-    scheduler = DDIMScheduler()
-    replaced = MNISTDDPMPipeline.from_pretrained(REPO, unet=pipe.unet, scheduler=scheduler)
-    assert (replaced.unet, replaced.scheduler) == (pipe.unet, scheduler)
-
-
 @pytest.mark.parametrize("trust", [{}, {"trust_remote_code": True}], ids=["plugin", "remote code"])
-def test_dtype_variant_and_device_map(hub, pipe, trust):
+def test_dtype_variant_shards_and_revision(hub, pipe, trust):
     load = (DiffusionPipeline if trust else MNISTDDPMPipeline).from_pretrained
-    pipe.push_to_hub(REPO, token=WRITER)
+    pipe.push_to_hub(REPO, token=WRITER, max_shard_size="50KB")
+    assert len([name for name in hub.files(REPO) if name.endswith(".safetensors")]) > 1
+    revision = hub.repos["models", REPO].commits[-1][0]
+    loaded = load(REPO, revision=revision, **trust)
+    same_images(loaded, pipe)
+    if not trust:
+        assert [type(part) for part in (loaded, loaded.unet, loaded.scheduler)] == [
+            *(MNISTDDPMPipeline, MNISTUNet2DModel, MNISTDDPMScheduler)
+        ]
+    assert load(REPO, dtype=torch.bfloat16, **trust).unet.dtype is torch.bfloat16
     pipe.unet.half()
     pipe.push_to_hub(REPO, token=WRITER, variant="fp16")
-    half = "unet/diffusion_pytorch_model.fp16.safetensors"
-    assert {WEIGHTS, half} < set(hub.files(REPO))
-    assert load(REPO, **trust).unet.dtype is torch.float32
-    assert load(REPO, dtype=torch.bfloat16, **trust).unet.dtype is torch.bfloat16
-    with pytest.warns(FutureWarning, match="torch_dtype"):
-        assert load(REPO, torch_dtype=torch.bfloat16, **trust).unet.dtype is torch.bfloat16
     loaded = load(REPO, variant="fp16", dtype=torch.float16, device_map="cpu", **trust)
     assert loaded.unet.dtype is torch.float16
     assert loaded.hf_device_map == "cpu"
-
-
-def test_components_load_alone(hub, pipe):
-    pipe.push_to_hub(REPO, token=WRITER)
-    unet = MNISTUNet2DModel.from_pretrained(REPO, subfolder="unet")
-    torch.testing.assert_close(dict(unet.state_dict()), dict(pipe.unet.state_dict()), atol=0, rtol=0)
-    for scheduler in (MNISTDDPMScheduler, MNISTDDIMScheduler):
-        loaded = scheduler.from_pretrained(REPO, subfolder="scheduler")
-        torch.testing.assert_close(loaded.betas, pipe.scheduler.betas, atol=0, rtol=0)
+    unet = MNISTUNet2DModel.from_pretrained(REPO, subfolder="unet", variant="fp16", dtype=torch.float16)
+    assert unet.dtype is torch.float16
+    assert MNISTDDIMScheduler.from_pretrained(REPO, subfolder="scheduler").betas.equal(pipe.scheduler.betas)
 
 
 def python_blocks(card):
@@ -285,6 +244,9 @@ def test_code_of_the_card_runs(hub, learned, pipe):
     pipe.push_to_hub(REPO, token=WRITER)
     blocks = python_blocks(hub.files(REPO)["README.md"])
     assert len(blocks) == 3
+    card = ModelCard(hub.files(REPO)["README.md"].decode())
+    assert (card.data.library_name, card.data.license) == ("diffusers", "apache-2.0")
+    assert card.data.pipeline_tag == "unconditional-image-generation"
     for block in blocks:
         results = {}
         exec(block, results)
@@ -309,20 +271,6 @@ def test_loads_from_the_cache_without_a_network(hub, no_waits, pipe):
         same_images(MNISTDDPMPipeline.from_pretrained(REPO), pipe)
         same_images(MNISTDDPMPipeline.from_pretrained(REPO, local_files_only=True), pipe)
         same_images(DiffusionPipeline.from_pretrained(folder, trust_remote_code=True), pipe)
-
-
-def test_loads_from_a_revision(hub, pipe):
-    pipe.push_to_hub(REPO, token=WRITER)
-    revision = hub.repos["models", REPO].commits[-1][0]
-    expected = images(pipe)
-    with torch.no_grad():
-        pipe.unet.conv_in.weight.mul_(2)
-    pipe.push_to_hub(REPO, token=WRITER)
-    same_images(MNISTDDPMPipeline.from_pretrained(REPO), pipe)
-    first = images(MNISTDDPMPipeline.from_pretrained(REPO, revision=revision))
-    torch.testing.assert_close(first, expected, atol=1e-4, rtol=0)
-    with pytest.raises(OSError, match="no such revision"):
-        MNISTDDPMPipeline.from_pretrained(REPO, revision="missing")
 
 
 def test_private_repositories_need_a_token(hub, pipe):
@@ -407,40 +355,18 @@ def test_pickled_weights_are_refused_on_every_way_in(hub, tmp_path, pipe, option
         ):
             with pytest.raises((OSError, ValueError), match=r"safetensors|no such modeling files"):
                 load(place, **variant, **more)
-            with pytest.raises((OSError, ValueError), match=r"use_safetensors must be|no such modeling files"):
+            with pytest.raises((OSError, ValueError), match=r"use_safetensors|no such modeling files"):
                 load(place, use_safetensors=False, **variant, **more)
+    trap = next((folder / "unet").glob("*.bin")).rename(tmp_path / "trap.bin")
+    shutil.copy(trap, folder / "unet" / "diffusion_pytorch_model.bin")
+    pipe.unet.save_pretrained(folder / "unet")  # beside safetensors pickles are left alone
+    for load in (MNISTDDPMPipeline.from_pretrained, DiffusionPipeline.from_pretrained):
+        same_images(load(folder, trust_remote_code=True), pipe)
     assert not trace.exists()
-    torch.load(next((folder / "unet").glob("*.bin")), weights_only=False)
+    torch.load(trap, weights_only=False)
     assert trace.exists()
-
-
-def test_pickles_beside_safetensors_are_left_alone(hub, tmp_path, pipe):
-    folder, trace = tmp_path / "both", tmp_path / "trace"
-    with_pickles(pipe, folder, trace)
-    pipe.unet.save_pretrained(folder / "unet")
-    hub.add(REPO, files={name: (folder / name).read_bytes() for name in files(folder)})
-    for place in (REPO, folder):
-        same_images(MNISTDDPMPipeline.from_pretrained(place), pipe)
-        same_images(DiffusionPipeline.from_pretrained(place, trust_remote_code=True), pipe)
-        MNISTUNet2DModel.from_pretrained(place, subfolder="unet")
-    assert not trace.exists()
-
-
-def test_pickles_are_not_written(tmp_path, pipe):
-    with pytest.raises(ValueError, match="safe_serialization must be"):
+    with pytest.raises(ValueError, match="safe_serialization"):
         pipe.save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(ValueError, match="safe_serialization must be"):
-        pipe.push_to_hub(REPO, safe_serialization=False)
-
-
-def test_pickled_classifiers_are_refused(tmp_path):
-    classifier = ClassifierFeatures.from_pretrained()
-    folder = Path(mnist_ddpm.__file__).parent / "classifier"
-    for name in ("config.json", "preprocessor_config.json"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    torch.save(classifier.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"model\.safetensors"):
-        ClassifierFeatures.from_pretrained(tmp_path)
 
 
 # Faults
@@ -478,31 +404,26 @@ def test_check_repository_creates_it_and_returns_its_full_name(hub):
 @pytest.mark.parametrize(
     ("repo_id", "token", "remedy"),
     [
+        (REPO, None, "token is missing, wrong or expired"),
         (REPO, "hf_wrongToken", "token is missing, wrong or expired"),
         (REPO, READER, "token may not write there"),
-        ("somebody/mnist-ddpm", WRITER, "token may not write there"),
         ("somebody/theirs", WRITER, "token may not write there"),
         ("a/b/c", WRITER, "Repo id must be in the form"),
     ],
 )
-def test_wrong_token_or_name_is_found_before_the_training(hub, repo_id, token, remedy):
+def test_wrong_token_or_name_is_found_before_the_training(hub, tmp_path, monkeypatch, repo_id, token, remedy):
     hub.add("somebody/theirs")
     with pytest.raises(RuntimeError, match=rf"cannot push to the repository '{repo_id}': .*{remedy}") as error:
         check_repository(repo_id, token=token)
-    assert token not in str(error.value)
-    assert error.value.__cause__ is None
+    assert str(token) not in str(error.value)
     assert error.value.__suppress_context__
-
-
-def test_missing_token(hub, tmp_path, monkeypatch, pipe):
-    no_token = rf"cannot push to the repository '{REPO}': no Hub token: set HF_TOKEN or log in with `hf auth login`"
-    with pytest.raises(RuntimeError, match=no_token):
-        check_repository(REPO)
-    with pytest.raises(RuntimeError, match=rf"{no_token}\nThe pipeline is safe in {tmp_path}; push it again") as error:
-        pipe.save_pretrained(tmp_path, push_to_hub=True, repo_id=REPO)
-    assert not hub.requests
-    push_again(error, monkeypatch)
-    assert set(hub.files(REPO)) == LAYOUT | {".gitattributes"}
+    flags = ["--output_dir", tmp_path / "trained", "--push_to_hub", "--hub_model_id", repo_id]
+    flags += ["--hub_token", token] if token else []
+    monkeypatch.setattr("sys.argv", [train.__file__, *map(str, flags)])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(SystemExit, match=f"error: cannot push to the repository '{repo_id}': .*{remedy}"):
+        runpy.run_path(train.__file__, run_name="__main__")
+    assert not list((tmp_path / "trained").iterdir())
 
 
 FAULTS = [401, 500, "drop", "cut"]
@@ -512,7 +433,9 @@ FAULTS = [401, 500, "drop", "cut"]
 @pytest.mark.parametrize(
     "endpoint", ["create", "resolve", "validate_yaml", "preupload", "lfs_batch", "lfs_put", "commit"]
 )
-def test_a_push_that_fails_says_what_to_do_and_leaves_the_pipeline(hub, no_waits, tmp_path, pipe, endpoint, kind):
+def test_a_push_that_fails_says_what_to_do_and_leaves_the_pipeline(
+    hub, no_waits, tmp_path, monkeypatch, pipe, endpoint, kind
+):
     pipe.save_pretrained(tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in LAYOUT - {"README.md"}}
     with hub.fault(endpoint, kind), pytest.raises(RuntimeError) as error:
@@ -520,16 +443,9 @@ def test_a_push_that_fails_says_what_to_do_and_leaves_the_pipeline(hub, no_waits
     assert hub.requests[endpoint]
     assert_clear(error, tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
-    push(tmp_path)
+    push_again(error, monkeypatch)
     assert set(hub.files(REPO)) == LAYOUT | {".gitattributes"}
     same_images(MNISTDDPMPipeline.from_pretrained(REPO, force_download=True), pipe)
-
-
-@pytest.mark.parametrize("endpoint", ["create", "preupload"])
-def test_a_hub_in_trouble_is_found_before_the_training(hub, no_waits, endpoint):
-    with hub.fault(endpoint, 500), pytest.raises(RuntimeError) as error:
-        check_repository(REPO, token=WRITER)
-    assert_clear(error)
 
 
 def test_refused_connections(hub, no_waits, tmp_path, pipe):
@@ -559,22 +475,6 @@ def test_a_download_that_fails_names_the_repository(hub, no_waits, pipe, endpoin
     same_images(MNISTDDPMPipeline.from_pretrained(repo), pipe)
 
 
-@pytest.mark.parametrize("way", ["save_pretrained", "push_to_hub"])
-def test_the_command_that_a_failed_push_names_pushes(hub, tmp_path, monkeypatch, pipe, way):
-    folder = tmp_path / "a folder"
-    pushes = {
-        "save_pretrained": lambda: pipe.save_pretrained(folder, push_to_hub=True, repo_id=REPO, private=True),
-        "push_to_hub": lambda: pipe.push_to_hub(REPO, private=True),
-    }
-    monkeypatch.setenv("HF_TOKEN", WRITER)
-    with hub.fault("create", 500), pytest.raises(RuntimeError, match="the Hub is in trouble: try again") as error:
-        pushes[way]()
-    push_again(error, monkeypatch)
-    assert set(hub.files(REPO)) == LAYOUT | {".gitattributes"}
-    assert hub.repos["models", REPO].private
-    same_images(MNISTDDPMPipeline.from_pretrained(REPO, token=READER, force_download=True), pipe)
-
-
 def test_a_copy_without_the_package_pushes_as_diffusers_does(hub, tmp_path, pipe):
     pipe.save_pretrained(tmp_path)
     copy = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
@@ -584,14 +484,6 @@ def test_a_copy_without_the_package_pushes_as_diffusers_does(hub, tmp_path, pipe
     for repo in (REPO, f"{USER}/again"):
         assert set(hub.files(repo)) - {".gitattributes"} == LAYOUT
         same_images(MNISTDDPMPipeline.from_pretrained(repo, token=READER), pipe)
-    with pytest.raises(ValueError, match="safe_serialization must be"):
-        copy.save_pretrained(tmp_path, safe_serialization=False)
-
-
-def test_command_line_says_what_is_wrong_in_one_line(hub, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", WRITER)
-    with pytest.raises(SystemExit, match="error: folder must be"):
-        main([str(tmp_path), REPO])
 
 
 # Training
@@ -630,35 +522,12 @@ def trained(mnist, tmp_path, pipe):
     return run
 
 
-def test_neither_token_nor_folder_is_published_or_kept(hub, trained, tmp_path, caplog, capfd):
-    folder = trained("--logger", "tensorboard", "--hub_strategy", "all_checkpoints")
+def test_card_of_a_training_run_and_neither_token_nor_folder(hub, trained, tmp_path, caplog, capfd):
+    folder = trained("--seed", 3, "--logger", "tensorboard", "--hub_strategy", "all_checkpoints")
     written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
     assert not any(WRITER.encode() in content for content in [*hub.files(REPO).values(), *written])
     assert not any(str(tmp_path).encode() in content for content in hub.files(REPO).values())
     assert WRITER not in caplog.text + "".join(capfd.readouterr())
-
-
-@pytest.mark.parametrize(
-    ("name", "token", "message"),
-    [
-        (REPO, "hf_wrongToken", f"error: cannot push to the repository '{REPO}': the token is missing, wrong or"),
-        ("a/b/c", WRITER, "error: cannot push to the repository 'a/b/c': Repo id must be in the form"),
-    ],
-)
-def test_training_script_says_in_one_line_before_it_starts_that_it_cannot_push(
-    hub, tmp_path, monkeypatch, name, token, message
-):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    flags = ["--output_dir", tmp_path / "trained", "--push_to_hub", "--hub_model_id", name, "--hub_token", token]
-    monkeypatch.setattr("sys.argv", [train.__file__, *map(str, flags)])
-    with pytest.raises(SystemExit, match=message) as error:
-        runpy.run_path(train.__file__, run_name="__main__")
-    assert token not in str(error.value)
-    assert not list((tmp_path / "trained").iterdir())
-
-
-def test_card_of_a_training_run(hub, trained):
-    folder = trained("--seed", 3)
     text = hub.files(REPO)["README.md"].decode()
     assert ModelCard(text).data.datasets == [f"{USER}/mnist"]
     assert "![Samples](samples.png)" in text

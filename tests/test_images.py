@@ -15,8 +15,6 @@ def gray(*levels: int) -> list[Image.Image]:
 def test_image_grid():
     np.testing.assert_array_equal(np.asarray(image_grid(gray(1, 2, 3))), [[1, 1, 2, 2], [3, 3, 0, 0]])
     np.testing.assert_array_equal(np.asarray(image_grid(gray(1, 2, 3), columns=1)), [[1, 1], [2, 2], [3, 3]])
-    with pytest.raises(ValueError, match="images"):
-        image_grid([])
 
 
 @pytest.mark.parametrize(("num_steps", "shown"), [(3, [0, 1, 2]), (24, list(range(1, 24, 2)))])
@@ -67,7 +65,6 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path, images):
         lambda x: x.reshape(12, 784),
         lambda x: np.stack([x, x, x], axis=1),
         lambda x: x[:0],
-        lambda x: x.astype(object),
     ],
 )
 def test_other_arrays_are_rejected(tmp_path, images, change):
@@ -77,12 +74,10 @@ def test_other_arrays_are_rejected(tmp_path, images, change):
 
 def test_other_files_are_rejected(tmp_path, images):
     (tmp_path / "text.npy").write_text("seven", encoding="utf-8")
-    (tmp_path / "empty.npy").touch()
     np.savez(tmp_path / "many.npz", images=images)
-    for name in ("text.npy", "empty.npy", "many.npz"):
-        with pytest.raises(ValueError, match="samples"):
+    np.save(tmp_path / "pickled.npy", images.astype(object))
+    for name in ("text.npy", "many.npz", "pickled.npy"):
+        with pytest.raises(ValueError, match=r"samples|pickle"):
             read_samples(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match=r"none\.npy"):
-        read_samples(tmp_path / "none.npy")
-    with pytest.raises(ValueError, match="num_images"):
+    with pytest.raises(ValueError, match="samples must be 13 or more"):
         read_samples(save(tmp_path, images), num_images=13)

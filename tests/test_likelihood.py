@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.special import log_ndtr, ndtr
 
-from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMScheduler, MNISTUNet2DModel, VariationalBound, bits_per_dim
+from mnist_ddpm import MNISTDDPMScheduler, MNISTUNet2DModel, VariationalBound, bits_per_dim
 from mnist_ddpm.likelihood import discretized_gaussian_log_likelihood, log_snr_betas
 
 LN_2 = math.log(2)
@@ -189,26 +189,19 @@ def test_log_probabilities_are_right_far_out(mean, std):
     torch.testing.assert_close(half.double(), actual, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
-def test_the_decoder_s_variance_is_the_posterior_s_of_the_step_before(variance_type):
+@pytest.mark.parametrize("v", [None, -3.0, -1.0, 0.5, 1.0])
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
+def test_the_decoder_s_variance_is_the_posterior_s_of_the_step_before_unless_learned(variance_type, v):
     noise_schedule = scheduler(variance_type=variance_type)
     x_0 = GRID.view(-1, 1, 1, 1)
-    x0_hat = x_0.flip(0)
-    actual = VariationalBound(noise_schedule).term(x0_hat, 0, x_0, x_0)
-    log_variance = torch.tensor(posterior(noise_schedule, 1)[0], dtype=torch.float64).log()
-    expected = -discretized_gaussian_log_likelihood(x_0, x0_hat, log_variance) / LN_2
-    torch.testing.assert_close(actual, expected.flatten())
-
-
-@pytest.mark.parametrize("v", [-3.0, -1.0, 0.5, 1.0])
-def test_the_decoder_s_variance_is_learned_too(v):
-    noise_schedule = scheduler(variance_type="learned_range")
-    x_0 = GRID.view(-1, 1, 1, 1)
-    output = torch.cat([x_0.flip(0), torch.full_like(x_0, v)], dim=1)
-    smallest, beta = posterior(noise_schedule, 1)[0], noise_schedule.betas[0].item()
-    log_variance = torch.tensor((v + 1) / 2 * math.log(beta) + (1 - v) / 2 * math.log(smallest), dtype=torch.float64)
+    output, log_variance = x_0.flip(0), math.log(posterior(noise_schedule, 1)[0])
+    if variance_type == "learned_range":
+        output = torch.cat([output, torch.full_like(x_0, v := v or 0.0)], dim=1)
+        log_variance = (v + 1) / 2 * math.log(noise_schedule.betas[0]) + (1 - v) / 2 * log_variance
+    log_variance = torch.tensor(log_variance, dtype=torch.float64)
     expected = -discretized_gaussian_log_likelihood(x_0, x_0.flip(0), log_variance) / LN_2
-    torch.testing.assert_close(VariationalBound(noise_schedule).term(output, 0, x_0, x_0), expected.flatten())
+    for t in (0, torch.tensor(0), torch.tensor([0]), torch.zeros(256, dtype=torch.long)):
+        torch.testing.assert_close(VariationalBound(noise_schedule).term(output, t, x_0, x_0), expected.flatten())
 
 
 # L_T
@@ -231,7 +224,7 @@ def test_where_the_last_timestep_is_all_noise_nothing_is_left_of_the_image():
     result = bits_per_dim(lambda x_t, t: 0.1 * x_t, noise_schedule, images)
     assert (result.prior == 0).all()
     assert torch.isfinite(result.terms).all()
-    with pytest.raises(ValueError, match="can't be told from predicted noise"):
+    with pytest.raises(ValueError, match="prediction_type"):
         VariationalBound(scheduler(rescale_betas_zero_snr=True, prediction_type="epsilon"))
 
 
@@ -328,25 +321,6 @@ def test_the_estimate_is_unbiased_with_an_honest_error(k):
     assert told.item() == pytest.approx(spread.item(), rel=0.35)
 
 
-def test_one_image_tells_no_error():
-    assert bits_per_dim(lambda x_t, t: x_t, scheduler(), gaussian_images()[:1]).standard_error == math.inf
-
-
-def test_prediction_types_of_the_same_x0_hat_have_the_same_bound():
-    images = gaussian_images()
-    totals = []
-    for prediction_type in ("epsilon", "sample", "v_prediction"):
-        noise_schedule = scheduler(prediction_type=prediction_type)
-
-        def model(x_t, t, s=noise_schedule):
-            alpha_bar = s.alphas_cumprod[t].view(-1, 1, 1, 1)
-            return as_predicted(best_x0(x_t, alpha_bar), x_t, alpha_bar, s.config.prediction_type)
-
-        generator = torch.Generator().manual_seed(0)
-        totals.append(bits_per_dim(model, noise_schedule, images, generator=generator).total)
-    assert totals == pytest.approx([totals[0]] * 3, rel=1e-9)
-
-
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
 def test_a_chain_of_one_step_is_decoded_with_its_beta(variance_type):
     noise_schedule = scheduler(trained_betas=[0.3], variance_type=variance_type)
@@ -359,13 +333,6 @@ def test_a_chain_of_one_step_is_decoded_with_its_beta(variance_type):
     log_variance = torch.tensor(math.log(0.3), dtype=torch.float64)
     expected = -discretized_gaussian_log_likelihood(x_0, x_0, log_variance).mean().item() / LN_2
     assert result.decoder == pytest.approx(expected)
-
-
-def test_a_chain_of_two_steps_has_two_terms():
-    noise_schedule = scheduler(trained_betas=[0.1, 0.3], **UNCLIPPED)
-    model, (term,) = known_terms(noise_schedule, lambda t: 0.1 + 0.0 * t)
-    images = torch.zeros(1, 1, 1, 1, dtype=torch.uint8)
-    assert bits_per_dim(model, noise_schedule, images, 2).diffusion == pytest.approx(term)
 
 
 # Clipping
@@ -444,38 +411,7 @@ def test_log_snr_betas_go_from_end_to_end_in_equal_steps(T, ends):
     assert cost == pytest.approx(-math.log2(ndtr(torch.tensor(3.0, dtype=torch.float64))), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("T", "ends", "match"),
-    [
-        (2, (9.0, -5.0), "3 or more"),
-        (100, (-5.0, 9.0), "must fall by 1 or more.*got -5.0 to 9.0"),
-        (100, (1.0, 0.5), "must fall by 1"),
-        (100, (13.5, 0.0), "from 13 at the most"),
-        (100, (9.0, -31.0), "to -30 at the least"),
-        (100, (math.nan, -5.0), "must fall"),
-    ],
-)
-def test_a_log_snr_that_does_not_fall_within_bounds_is_refused(T, ends, match):
-    with pytest.raises(ValueError, match=match):
-        log_snr_betas(T, *ends)
-
-
 # Models and input
-
-
-@pytest.mark.parametrize(("timestep", "match"), [(20, "timestep"), (torch.tensor([1, 2]), "timestep")])
-def test_a_timestep_out_of_range_or_number_is_refused(timestep, match):
-    x_0 = torch.zeros(3, 1, 2, 2)
-    with pytest.raises(ValueError, match=match):
-        VariationalBound(scheduler()).term(x_0, timestep, x_0, x_0)
-
-
-def test_one_timestep_for_all_is_one_for_each():
-    bound, x_0 = VariationalBound(scheduler()), GRID[:12].view(3, 1, 2, 2)
-    for t in (0, 7):
-        expected = bound.term(x_0 / 2, torch.full((3,), t), x_0, x_0)
-        for timestep in (t, torch.tensor(t), torch.tensor([t])):
-            torch.testing.assert_close(bound.term(x_0 / 2, timestep, x_0, x_0), expected)
 
 
 def tiny_unet(**kwargs):
@@ -507,27 +443,15 @@ def test_a_unet_is_measured_in_its_own_dtype_and_all_else_in_float64(variance_ty
     assert not any(p.grad is not None for p in unet.parameters())
 
 
-def test_batches_of_any_size_hold_all_images():
-    model, _ = known_terms(scheduler(), lambda t: 0.01 * t)
-    images = torch.zeros(7, 1, 1, 1, dtype=torch.uint8)
-    totals = [bits_per_dim(model, scheduler(), images, batch_size=size).total for size in (1, 3, 7, 100)]
-    assert totals == pytest.approx([totals[0]] * 4)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "error", "match"),
-    [
-        ({"images": torch.zeros(2, 1, 4, 4)}, TypeError, "images must be uint8.*got torch.float32"),
-        ({"images": torch.zeros(2, 4, 4, dtype=torch.uint8)}, ValueError, r"\(N, C, H, W\), got \(2, 4, 4\)"),
-        ({"images": torch.zeros(0, 1, 4, 4, dtype=torch.uint8)}, ValueError, r"images must have shape .*got \(0, 1"),
-        ({"num_timesteps": 1}, ValueError, r"num_timesteps must be from 2 .* to 20, .* got 1"),
-        ({"num_timesteps": 21}, ValueError, r"num_timesteps must be from 2 .* to 20, .* got 21"),
-        ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, got 0"),
-        ({"scheduler": MNISTDDIMScheduler()}, TypeError, "MNISTDDPMScheduler.from_config"),
-        ({"model": lambda x_t, t: x_t[..., :2]}, ValueError, "model_output"),
-    ],
-)
-def test_bad_input_is_refused(kwargs, error, match):
+def test_what_would_be_silently_wrong_is_refused():
     images = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
-    with pytest.raises(error, match=match):
-        bits_per_dim(**{"model": lambda x_t, t: x_t, "scheduler": scheduler(), "images": images} | kwargs)
+    with pytest.raises(TypeError, match="images"):
+        bits_per_dim(lambda x_t, t: x_t, scheduler(), images / 255)
+    for k in (1, 21):
+        with pytest.raises(ValueError, match="num_timesteps"):
+            bits_per_dim(lambda x_t, t: x_t, scheduler(), images, k)
+    with pytest.raises(ValueError, match="model_output"):
+        bits_per_dim(lambda x_t, t: x_t[..., :2], scheduler(), images)
+    for ends in ((-5.0, 9.0), (math.nan, -5.0)):
+        with pytest.raises(ValueError, match="betas"):
+            scheduler(trained_betas=log_snr_betas(100, *ends).tolist())

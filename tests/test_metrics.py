@@ -141,16 +141,6 @@ def test_random_subset_draws_without_replacement():
     assert torch.equal(metrics.random_subset(values, 100), values)
 
 
-@pytest.mark.parametrize("function", [metrics.frechet_distance, metrics.kernel_distance, metrics.precision_recall])
-def test_features_that_are_not_finite_are_rejected(function):
-    good = normal(10, 3)
-    bad = good.clone()
-    bad[2, 1] = torch.nan
-    for features, reference in [(bad, good), (good, bad)]:
-        with pytest.raises(ValueError, match="features"):
-            function(features, reference)
-
-
 def test_images_on_another_scale_are_rejected(classifier):
     images = random_images(8, 1, 28, 28)
     for bad in (images / 255, images[:, 0]):
@@ -197,12 +187,8 @@ def test_any_transformers_classifier_serves_at_its_own_size_channels_and_normali
     torch.testing.assert_close(extractor.logits(extractor(images)), logits, rtol=0, atol=1e-5)
 
 
-def test_a_classifier_that_is_missing_or_damaged_is_rejected(tmp_path):
-    with pytest.raises(ValueError, match="classifier"):
-        metrics.ClassifierFeatures.from_pretrained(tmp_path)
-    for file in metrics.CLASSIFIER.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes()[:100_000])
-    with pytest.raises(ValueError, match="classifier"):
+def test_a_classifier_that_is_missing_is_rejected(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json"):
         metrics.ClassifierFeatures.from_pretrained(tmp_path)
 
 

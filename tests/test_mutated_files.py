@@ -87,14 +87,10 @@ def test_a_repository_with_fewer_weights_than_its_config_is_rejected(saved, chan
 ENTRIES = [
     ["canary", "Canary"],
     ["../canary", "Canary"],
-    ["unet.canary", "Canary"],
     ["os", "system"],
-    ["subprocess", "Popen"],
     ["builtins", "eval"],
     ["antigravity", "fly"],
-    ["diffusers.utils", "logging"],
     ["mnist_ddpm.data", "load_split"],
-    ["", ""],
 ]
 
 

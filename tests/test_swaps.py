@@ -337,8 +337,17 @@ def test_what_is_not_supported_raises(config, message):
     for target in OURS.values():
         with pytest.raises(ValueError, match=message):
             target.from_config({"_class_name": "DDPMScheduler", **config})
-    with pytest.raises(ValueError, match="variance_type"):
-        MNISTDDIMScheduler.from_config(diffusers.DDPMScheduler(variance_type="learned_range").config)
+
+
+def test_ddim_keeps_a_learned_variance_for_ddpm():
+    config = diffusers.DDPMScheduler(variance_type="learned_range").config
+    learned, fixed = (
+        MNISTDDIMScheduler.from_config(config),
+        MNISTDDIMScheduler.from_config({**config, "variance_type": "fixed_small"}),
+    )
+    case = {"kind": "ddim", "eta": 1.0, "use_clipped_model_output": False, "variance_type": "fixed_small"}
+    assert agree(run(learned, case), run(fixed, case))
+    assert MNISTDDPMScheduler.from_config(learned.config).config.variance_type == "learned_range"
 
 
 def test_ddim_honors_the_variance_type_that_diffusers_ddim_ignores():

@@ -590,7 +590,7 @@ def test_earlier_run_is_not_overwritten_unless_asked_to(run, tmp_path):
         run()
     with pytest.raises(ValueError, match="output_dir must not hold an earlier run"):
         run("--resume_from_checkpoint", run(output_dir=tmp_path / "other") / "checkpoint-6")
-    with pytest.raises(FileNotFoundError, match="dataset_name"):
+    with pytest.raises(ValueError, match="dataset_name"):
         run("--overwrite_output_dir", "--dataset_name", "/no/such/folder")
     assert {path: path.read_bytes() for path in output_dir.rglob("*") if path.is_file()} == before
     run("--overwrite_output_dir", "--max_train_steps", 2, "--seed", 1)

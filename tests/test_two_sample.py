@@ -69,5 +69,5 @@ def test_the_accuracy_depends_on_the_seed_alone_and_leaves_the_global_generator(
 
 
 def test_sets_of_different_sizes_are_rejected(real):
-    with pytest.raises(ValueError, match="images"):
+    with pytest.raises(RuntimeError, match="equal size"):
         two_sample_accuracy(real[:10], real[:20])

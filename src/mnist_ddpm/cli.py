@@ -39,10 +39,6 @@ def _cpu_name() -> str:
 
 def check_writable(path: Path) -> None:
     """Raise an OSError, before any work, if this file can't be written; makes its folder."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-    except OSError as error:
-        raise OSError(f"output must be a file that can be written, got {path} ({error}). Name another.") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
+        pass

@@ -5,7 +5,6 @@ import gzip
 import itertools
 import logging
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from io import BytesIO
@@ -28,6 +27,7 @@ MNIST = str(_COPY) if _COPY.is_dir() else "ylecun/mnist"
 
 READABLE = "a folder of images, Parquet or ubyte files (MNIST's), a Parquet or ubyte file, or a data set on the Hub"
 MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
+ERRORS = (OSError, SyntaxError, TypeError, ValueError, NotImplementedError)  # of pyarrow and Pillow
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 UBYTE = re.compile(r"images.*ubyte(\.gz)?$")  # train-images-idx3-ubyte, t10k-images.idx3-ubyte.gz
 
@@ -72,19 +72,18 @@ def load_split(
         The split, not yet decoded. From `ubyte` files it has the column `image`, and `label` if labels are beside.
 
     Raises:
-        FileNotFoundError: there is no such folder or file, and no such data set on the Hub or no connection to it.
-        ValueError: the folder or file holds no images that can be read, or there is no such configuration or split.
+        ValueError: there is no such folder, file or data set on the Hub, no connection to the Hub, no images that can
+            be read, or no such configuration or split.
     """
     import datasets
 
     path = Path(dataset_name).expanduser()
-    if not path.exists():
-        _check_hub(str(dataset_name), path, cache_dir)
     try:
         if path.exists():
             return _load_local(path, config_name, split, cache_dir)
+        _check_hub(str(dataset_name), path, cache_dir)
         return datasets.load_dataset(path.as_posix(), config_name, split=split, cache_dir=cache_dir)
-    except (ValueError, OSError, EOFError, RuntimeError, zlib.error, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # of datasets, the formats that it reads, and the HTTP library of huggingface_hub
         reason = " ".join(str(error.__cause__ or error).split())
         if set(str(path)) & set("[]*?"):
             reason += " Rename the folder: `datasets` takes [, ], * and ? in a path as a pattern."
@@ -126,12 +125,7 @@ def decode_images(
     """
     from PIL import Image, ImageColor
 
-    if channels is not None and channels not in MODE_OF_CHANNELS:
-        raise ValueError(f"channels must be one of {list(MODE_OF_CHANNELS)} or None, got {channels}.")
     color = ImageColor.getrgb(background)[:3]
-    if len(dataset) == 0:
-        raise ValueError("dataset must hold images, got an empty one. Check the split.")
-
     seen: Counter[str] = Counter()
     for index, (name, image) in enumerate(_open_images(dataset, image_column, seen)):
         found = 1 if Image.getmodebase(image.mode) == "L" else 3
@@ -185,20 +179,23 @@ def load_labels(dataset: "Dataset", label_column: str = "label") -> tuple[torch.
     """
     import datasets
 
-    _check_column(dataset, "label_column", label_column)
-    feature, values = dataset.features[label_column], dataset.with_format(None)[label_column][:]
+    feature = dataset.select_columns(label_column).features[label_column]
+    values = dataset.with_format(None)[label_column][:]
     kind = getattr(feature, "dtype", "")  # int64 for a ClassLabel
-    if kind in ("string", "large_string"):
-        names = sorted(set(values) - {None})
-        values = [names.index(value) if value is not None else None for value in values]
-    elif not re.fullmatch(r"u?int\d+|bool", kind):
-        raise ValueError(f"label_column must hold integers or strings, got {label_column!r} of type {feature}.")
+    is_text = kind in ("string", "large_string")
+    is_number = re.fullmatch(r"u?int\d+|bool", kind)
+    rejected = [value for value in values if value is None or not (is_text or (is_number and value >= 0))]
+    if rejected:
+        raise ValueError(
+            f"label_column must hold integers from 0 or strings, got {rejected[0]!r} in {label_column!r} ({feature})."
+        )
+    if is_text:
+        names = sorted(set(values))
+        values = [names.index(value) for value in values]
     elif isinstance(feature, datasets.ClassLabel):
         names = feature.names
     else:
-        names = [str(label) for label in range(1 + max(filter(None, values), default=0))]
-    if missing := sum(value is None or value < 0 for value in values):
-        raise ValueError(f"label_column must hold labels from 0, got {missing} rows without in {label_column!r}.")
+        names = [str(label) for label in range(1 + max(values, default=0))]
     return torch.tensor(values, dtype=torch.int64), names
 
 
@@ -206,26 +203,17 @@ def load_labels(dataset: "Dataset", label_column: str = "label") -> tuple[torch.
 
 
 def _check_hub(dataset_name: str, path: Path, cache_dir: str | None) -> None:
-    """Fail at once, in one line, if the Hub has no such data set: `load_dataset` tries for half a minute."""
+    """Fail at once if neither the disk nor the Hub has such a data set: `load_dataset` tries for half a minute."""
     import datasets
     from datasets.naming import camelcase_to_snakecase
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
 
-    must_be = f"dataset_name must be {READABLE}, got {dataset_name!r}. There is no such"
     if len(path.parts) != 2 or path.is_absolute() or dataset_name[0] in ".~" or path.suffix == ".parquet":
-        raise FileNotFoundError(f"{must_be} folder or file.")
+        path.stat()  # no id: the error is that there is no such file
     owner, name = path.parts
     cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()
-    if (cache / f"{owner}___{camelcase_to_snakecase(name)}").exists():
-        return
-    try:
+    if not (cache / f"{owner}___{camelcase_to_snakecase(name)}").exists():
         HfApi().dataset_info(path.as_posix(), timeout=10)
-    except Exception as error:  # of whichever HTTP library huggingface_hub uses
-        reason = "no such data set (a private or gated one needs `hf auth login`)"
-        if not isinstance(error, RepositoryNotFoundError):
-            reason = " ".join(str(error).split())
-        raise FileNotFoundError(f"{must_be} folder, and on the Hub: {reason}.") from error
 
 
 def _load_local(path: Path, config_name: str | None, split: str, cache_dir: str | None) -> "Dataset":
@@ -273,39 +261,30 @@ def _load_ubyte(path: Path) -> "Dataset":
     """Load a file of images, with the labels that are beside it."""
     import datasets
 
-    images = _read_ubyte(path)
-    if images.ndim != 3:
-        raise ValueError(f"{path.name} has {images.ndim} dimensions, and images have 3. Name the file of the images.")
+    images = _read_ubyte(path, 3)
     header = b"P5 %d %d 255\n" % images.shape[:0:-1]  # PGM: width, height, white, and the pixels as they are
     rows: dict[str, list[Any]] = {"image": [{"bytes": header + image.tobytes(), "path": None} for image in images]}
     features = {"image": datasets.Image()}
     name = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
     if "images" in path.name and any(path.parent.glob(f"{name}*")):
-        labels = _read_ubyte(path.with_name(name))
+        labels = _read_ubyte(path.with_name(name), 1)
         rows["label"] = labels.tolist()
         features["label"] = datasets.ClassLabel(names=[str(label) for label in range(labels.max() + 1)])
     return datasets.Dataset.from_dict(rows, datasets.Features(features))
 
 
-def _read_ubyte(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _read_ubyte(path: Path, ndim: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Read MNIST's format, gzipped or not: 0, 0, type, number of dimensions; the dimensions; the values."""
     data = (path if path.exists() else path.with_name(f"{path.name}.gz")).read_bytes()
     if data[:2] == b"\x1f\x8b":
         data = gzip.decompress(data)
-    if data[:3] != b"\0\0\x08":  # 8 for unsigned bytes
-        raise ValueError(f"{path.name} is neither a Parquet nor a ubyte file. Images are read from a folder.")
-    shape = np.frombuffer(data, ">u4", count=data[3], offset=4)
+    if data[:4] != bytes([0, 0, 8, ndim]):  # 8 for unsigned bytes
+        raise ValueError(f"{path.name} is neither a Parquet nor a ubyte file of {ndim} dimensions. Name a folder.")
+    shape = np.frombuffer(data, ">u4", count=ndim, offset=4)
     return np.frombuffer(data, np.uint8, offset=4 + shape.nbytes).reshape(shape)
 
 
 # Images
-
-
-def _check_column(dataset: "Dataset", argument: str, column: str) -> None:
-    """Check that there is such a column."""
-    if column not in dataset.column_names:
-        columns = ", ".join(map(repr, dataset.column_names))
-        raise ValueError(f"{argument} must be one of the columns {columns}, got {column!r}.")
 
 
 def _open_images(dataset: "Dataset", image_column: str, seen: "Counter[str]") -> "Iterator[tuple[str, Image.Image]]":
@@ -313,24 +292,16 @@ def _open_images(dataset: "Dataset", image_column: str, seen: "Counter[str]") ->
     import datasets
     from PIL import Image
 
-    _check_column(dataset, "image_column", image_column)
+    encoded = dataset.select_columns(image_column)
+    name = f"{len(dataset)} rows of {image_column!r} of type {dataset.features[image_column]}"
     try:
-        encoded = dataset.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
-        batches = encoded.with_format("arrow").iter(batch_size=1000)
-        rows = (row for batch in batches for row in batch[image_column].to_pylist())
-        first = next(rows)
-    except (TypeError, ValueError, NotImplementedError) as error:  # whatever pyarrow makes of it
-        raise ValueError(
-            f"image_column must hold images, got {image_column!r} of type {dataset.features[image_column]}."
-        ) from error
-    for index, row in enumerate(itertools.chain([first], rows)):
-        name = f"image {index}" + (f" ({row['path']})" if row and row["path"] else "")
-        try:
-            if row is None:
-                raise ValueError("it is missing")
+        encoded = encoded.cast_column(image_column, datasets.Image(decode=False)).with_format("arrow")
+        rows = (row for batch in encoded.iter(batch_size=1000) for row in batch[image_column].to_pylist())
+        for index, row in enumerate(itertools.chain([next(rows)], rows)):  # one row at least
+            name = f"image {index}" + (f" ({row['path']})" if row and row["path"] else "")
             yield name, _open(BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"], seen)
-        except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"image_column must hold images, got {name}, which can't be decoded: {error}") from error
+    except (StopIteration, *ERRORS, Image.DecompressionBombError) as error:
+        raise ValueError(f"image_column must hold images, got {name}, which can't be decoded: {error}") from error
 
 
 def _open(file: BytesIO | str, seen: "Counter[str]") -> "Image.Image":

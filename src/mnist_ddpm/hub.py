@@ -86,7 +86,8 @@ FID, KID, precision and recall are measured on features of an MNIST classifier, 
 papers; where the name says Inception, on features of Inception v3."""
 REMEDIES = {  # by the status of the response; None where there is none
     None: "the Hub could not be reached or broke off: check the network and try again",
-    401: "the token is missing, wrong or expired: create one that may write at https://huggingface.co/settings/tokens",
+    401: "the token is missing, wrong or expired: set HF_TOKEN or run `hf auth login`, with one that may write from "
+    "https://huggingface.co/settings/tokens",
     403: "the token may not write there: use a token with write access to that namespace, or another repository name",
     404: "no such repository or namespace: check the name, and that the token may see it",
     409: "the Hub reports a conflict with another change: try again, or use another repository name",
@@ -141,19 +142,17 @@ def publish(
         The address of the commit.
 
     Raises:
-        ValueError: If `folder` holds no saved pipeline.
+        OSError: If `folder` holds no saved pipeline.
         RuntimeError: If the upload fails; the message gives the remedy, and the command that pushes the folder again.
     """
     folder = Path(folder).resolve()
-    if not (folder / INDEX_FILE).is_file():
-        raise ValueError(f"folder must be one that save_pretrained wrote, got {folder} without {INDEX_FILE}.")
+    operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in _files(folder)]
     command = [sys.executable, "-m", "mnist_ddpm.hub", str(folder), repo_id]
     command += ["--private"] * bool(private) + ["--create-pr"] * create_pr
     token_first = " (set HF_TOKEN first)" if token else ""
     advice = f"The pipeline is safe in {folder}; push it again{token_first} with: {shlex.join(command)}"
     with _pushing_to(repo_id, token, advice):
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in _files(folder)]
         card = _read_card(folder)
         if card != CARD or not file_exists(repo_id, CARD_FILE, token=token):
             operations.append(CommitOperationAdd(CARD_FILE, card.replace(CARD_REPO_ID, repo_id).encode()))
@@ -321,10 +320,8 @@ def _files(folder: Path) -> list[Path]:
 @contextmanager
 def _pushing_to(repo_id: str, token: str | None, advice: str = "") -> Iterator[None]:
     """Turn any error of a push into one with the repository, the reason and the remedy, and without the token."""
+    token = token or get_token()
     try:
-        token = token or get_token()
-        if token is None:
-            raise ValueError("no Hub token: set HF_TOKEN or log in with `hf auth login`")
         yield
     except Exception as error:  # whatever the network, the server and the client can do
         status = getattr(getattr(error, "response", None), "status_code", None)
@@ -349,8 +346,6 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.scores:
             result = json.loads(Path(args.scores).read_text(encoding="utf-8"))
-            if "scores" not in result:
-                raise ValueError(f"--scores must be a file that examples/evaluate.py wrote, got {args.scores}.")
             add_scores(args.folder, result["scores"], command=result.get("command", ""))
         print(publish(args.folder, args.repo_id, private=args.private or None, create_pr=args.create_pr))
     except (ValueError, OSError, RuntimeError) as error:

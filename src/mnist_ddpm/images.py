@@ -20,15 +20,10 @@ def image_grid(images: Sequence[Image.Image], columns: int | None = None) -> Ima
     Returns:
         The grid, in the mode of the images.
 
-    Raises:
-        ValueError: If there are no images.
-
     Example:
         >>> image_grid([Image.new("L", (28, 28))] * 10).size
         (112, 84)
     """
-    if not images:
-        raise ValueError("images must hold at least one image, got none.")
     if columns is None:
         columns = math.ceil(math.sqrt(len(images)))
     width, height = images[0].size
@@ -74,19 +69,15 @@ def read_samples(path: str | Path, num_images: int | None = None) -> torch.Tenso
     if os.path.isdir(path):
         images = decode_images(load_split(str(path)), channels=1).squeeze(1).numpy()
     else:
-        try:
-            images = np.asarray(np.load(path, allow_pickle=False))
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"samples must be a folder of images or a .npy file, got {path} ({error}).") from error
+        images = np.asarray(np.load(path, allow_pickle=False))
     if images.ndim == 4 and 1 in (images.shape[1], images.shape[3]):
         images = images.squeeze(1 if images.shape[1] == 1 else 3)
     is_fraction = np.issubdtype(images.dtype, np.floating) and images.size and images.min() >= 0 and images.max() <= 1
-    if images.ndim != 3 or len(images) == 0 or not (images.dtype == np.uint8 or is_fraction):
+    least = num_images or 1
+    if images.ndim != 3 or len(images) < least or not (images.dtype == np.uint8 or is_fraction):
         raise ValueError(
-            "samples must be uint8 or floats in [0, 1] without NaN, of shape (N, H, W), (N, 1, H, W) or (N, H, W, 1), "
-            f"got {images.dtype} of shape {images.shape} in {path}."
+            f"samples must be {least} or more, uint8 or floats in [0, 1] without NaN, of shape (N, H, W), "
+            f"(N, 1, H, W) or (N, H, W, 1), got {images.dtype} of shape {images.shape} in {path}."
         )
-    if num_images is not None and num_images > len(images):
-        raise ValueError(f"num_images must be at most the {len(images)} in {path}, got {num_images}.")
     images = images[:num_images]
     return torch.from_numpy((images * 255).round().astype(np.uint8) if is_fraction else images).unsqueeze(1)

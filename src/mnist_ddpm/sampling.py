@@ -70,13 +70,12 @@ def load_pipeline(
         ValueError: If there is no such pipeline or scheduler, or the pipeline is damaged.
     """
     model = str(mnist_ddpm.PRETRAINED if model is None else model)
-    if not os.path.isdir(model) and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise ValueError(f"model must be the folder of a saved pipeline or a Hub id, got {model!r}.")
+    # the Hub is asked for its ids alone; without accelerate, diffusers would warn that it can't load in little memory
+    options = {"local_files_only": not re.fullmatch(r"[\w.-]+/[\w.-]+", model)}
     try:
-        # without accelerate, diffusers would warn that it can't load in little memory
-        pipe = MNISTDDPMPipeline.from_pretrained(model, low_cpu_mem_usage=is_accelerate_available())
+        pipe = MNISTDDPMPipeline.from_pretrained(model, low_cpu_mem_usage=is_accelerate_available(), **options)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"model must be a saved pipeline, got {model!r}, missing or damaged: {error}") from error
+        raise ValueError(f"model must be the folder or Hub id of a pipeline, got {model!r}. {error}") from error
     pipe.scheduler = make_scheduler(scheduler, pipe.scheduler.config)
     pipe.to(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     return pipe

@@ -19,9 +19,8 @@ Coefficients are tabulated in float64. A step reads a row, computes in at least 
 import inspect
 import math
 import operator
-from collections import namedtuple
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import numpy as np
@@ -79,7 +78,7 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
         Returns:
             x_t, shape `(B, C, H, W)`.
         """
-        c, eps = self._coefficients("forward", t, x_0), draw_noise(x_0, noise, generator)
+        c, eps = self._coefficients(t, x_0), draw_noise(x_0, noise, generator)
         x_t = c.sqrt_alpha_bar_t * x_0 + c.sqrt_one_minus_alpha_bar_t * eps
         return x_t.to(x_0.dtype)
 
@@ -92,17 +91,17 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
 
         Args and result are those of `sample_forward`. The step is one of training, whichever timesteps are visited.
         """
-        c, eps = self._coefficients("forward", t, x_prev), draw_noise(x_prev, noise, generator)
+        c, eps = self._coefficients(t, x_prev), draw_noise(x_prev, noise, generator)
         x_t = c.sqrt_alpha_t * x_prev + c.sqrt_beta_t * eps
         return x_t.to(x_prev.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Timesteps) -> Tensor:
         """The target of "v_prediction": `v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0` (arXiv 2202.00512)."""
-        c, eps = self._coefficients("forward", timesteps, sample), draw_noise(sample, noise, None)
+        c, eps = self._coefficients(timesteps, sample), draw_noise(sample, noise, None)
         v = c.sqrt_alpha_bar_t * eps - c.sqrt_one_minus_alpha_bar_t * sample
         return v.to(sample.dtype)
 
-    def _predict_x0(self, output: Tensor, x_t: Tensor, c: Any) -> Tensor:
+    def _predict_x0(self, output: Tensor, x_t: Tensor, c: "Row") -> Tensor:
         """x0_hat from what the model predicts (for eps: DDPM, equation 15), clipped as the config says."""
         match self._option("prediction_type"):
             case "epsilon":
@@ -171,40 +170,37 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
         prev = next_visited(self._visited, torch.arange(len(self), device="cpu"))
         alpha_bar, beta = self.alphas_cumprod.cpu(), self.betas.cpu()
         alpha_bar_prev = alpha_bar[prev].where(prev >= 0, self.final_alpha_cumprod.cpu())
-        forward = ForwardRow(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), (1 - beta).sqrt(), beta.sqrt())
-        self._rows = {"forward": forward, "step": step_row(alpha_bar, alpha_bar_prev, last=prev < 0)}
+        self._rows = tabulate(alpha_bar, alpha_bar_prev, beta, last=prev < 0)
         self._copies: dict[Any, Tensor] = {}
-        self._table("step", self._timesteps.device, torch.float32)  # copied now, as a step should not wait for it
+        self._table(self._timesteps.device, torch.float32)  # copied now, as a step should not wait for it
 
-    def _table(self, *key: Any) -> Tensor:
-        """The rows of all timesteps `(T, k)` by name, device and dtype, copied there once."""
-        if key not in self._copies:  # into a new dict, as another thread may be copying the old one
-            name, device, dtype = key
-            self._copies = {**self._copies, key: torch.stack(self._rows[name], dim=1).to(device, dtype)}
-        return self._copies[key]
+    def _table(self, *where: Any) -> Tensor:
+        """The rows of all timesteps `(T, k)` on a device and in a dtype, copied there once."""
+        if where not in self._copies:  # into a new dict, as another thread may be copying the old one
+            self._copies = {**self._copies, where: torch.stack(self._rows, dim=1).to(*where)}
+        return self._copies[where]
 
-    def _coefficients(self, name: str, timestep: Timesteps, sample: Tensor) -> Any:
+    def _coefficients(self, timestep: Timesteps, sample: Tensor) -> "Row":
         """The row of a timestep, as tensors `(1, 1, 1, 1)` or `(B, 1, 1, 1)` in at least float32."""
         if self._timesteps.is_cpu and not torch.compiler.is_compiling() and not self._timesteps.equal(self._visited):
             self.timesteps = self._timesteps  # it was written to in place
         check_images("sample", sample, sample.shape)
         t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, device="cpu")
-        table = self._table(name, t.device, torch.promote_types(sample.dtype, torch.float32))
-        rows = rows_at(t, table, len(sample)).to(sample.device, non_blocking=sample.is_cuda)
-        return type(self._rows[name])(*rows.view(len(rows), *[1] * (sample.ndim - 1), -1).unbind(-1))
+        table = self._table(t.device, torch.promote_types(sample.dtype, torch.float32))
+        rows = table.index_select(0, t.reshape(-1)).to(sample.device, non_blocking=sample.is_cuda)
+        return Row(*rows.view(len(rows), *[1] * (sample.ndim - 1), -1).unbind(-1))
 
     order = 1
     num_inference_steps: int | None = None
     init_noise_sigma = 1.0
     ignore_for_config = ["simple_var"]  # noqa: RUF012
     _compatibles = ["MNISTDDPMScheduler", "MNISTDDIMScheduler", *(s.name for s in KarrasDiffusionSchedulers)]  # noqa: RUF012
-    _variance_types: tuple[str, ...] = ("fixed_small", "fixed_large")
 
     def _set_up(self, simple_var: bool | None, set_alpha_to_one: bool = True) -> None:
         """Put the config in canonical form, then make the tables."""
         config = canonical({**self.config, "simple_var": simple_var, "_class_name": type(self).__name__})
         self._internal_dict = config
-        for name in (*CHOICES, "variance_type"):
+        for name in CHOICES:
             self._option(name)
         self.betas = betas_of(config)
         self.alphas = 1 - self.betas
@@ -220,8 +216,8 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
     def _option(self, name: str) -> str:
         """A choice of the config, looked up when it is needed, as the config may be written to."""
         value: str = self.config[name]
-        if value not in (choices := CHOICES.get(name, self._variance_types)):
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}.")
         return value
 
     @property
@@ -239,29 +235,44 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
         return super().extract_init_dict(with_defaults(cls, canonical(config_dict)), **canonical(kwargs))
 
 
-ForwardRow = namedtuple("ForwardRow", "sqrt_alpha_bar_t sqrt_one_minus_alpha_bar_t sqrt_alpha_t sqrt_beta_t")
-StepRow = namedtuple(
-    "StepRow",
-    "sqrt_alpha_bar_t sqrt_one_minus_alpha_bar_t sqrt_alpha_bar_prev sqrt_one_minus_alpha_bar_prev "
-    "x0_to_mean xt_to_mean small_std large_std log_variance_range kept_share",
-)
+class Row(NamedTuple):
+    """The coefficients of one timestep, or a table of all of them, float64 `(T,)` each."""
+
+    sqrt_alpha_bar_t: Tensor
+    sqrt_one_minus_alpha_bar_t: Tensor
+    # a step of training, from t - 1
+    sqrt_alpha_t: Tensor
+    sqrt_beta_t: Tensor
+    # the step to prev
+    sqrt_alpha_bar_prev: Tensor
+    sqrt_one_minus_alpha_bar_prev: Tensor
+    x0_to_mean: Tensor
+    xt_to_mean: Tensor
+    small_std: Tensor
+    large_std: Tensor
+    log_variance_range: Tensor
+    kept_share: Tensor  # 1 - sigma^2 / (1 - alpha_bar_prev), with DDIM's sigma for eta = 1
 
 
-def step_row(alpha_bar_t: Tensor, alpha_bar_prev: Tensor, last: Tensor) -> StepRow:
-    """The coefficients of steps from t to prev, each float64 `(T,)`; no noise where the step is the last one."""
+def tabulate(alpha_bar_t: Tensor, alpha_bar_prev: Tensor, training_beta_t: Tensor, last: Tensor) -> Row:
+    """The coefficients of all timesteps, each `(T,)`; no noise where the step is the last one."""
     alpha_t = alpha_bar_t / alpha_bar_prev
     beta_t = 1 - alpha_t
-    posterior_variance = beta_t * (1 - alpha_bar_prev) / (1 - alpha_bar_t)  # DDIM's sigma^2 for eta = 1
-    kept_share = alpha_t * (1 - alpha_bar_prev) / (1 - alpha_bar_t)  # 1 - sigma^2 / (1 - alpha_bar_prev)
-    return StepRow(
-        sqrt_alpha_bar_t=alpha_bar_t.sqrt(), sqrt_one_minus_alpha_bar_t=(1 - alpha_bar_t).sqrt(),
-        sqrt_alpha_bar_prev=alpha_bar_prev.sqrt(), sqrt_one_minus_alpha_bar_prev=(1 - alpha_bar_prev).sqrt(),
+    posterior_variance = beta_t * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
+    return Row(
+        sqrt_alpha_bar_t=alpha_bar_t.sqrt(),
+        sqrt_one_minus_alpha_bar_t=(1 - alpha_bar_t).sqrt(),
+        sqrt_alpha_t=(1 - training_beta_t).sqrt(),
+        sqrt_beta_t=training_beta_t.sqrt(),
+        sqrt_alpha_bar_prev=alpha_bar_prev.sqrt(),
+        sqrt_one_minus_alpha_bar_prev=(1 - alpha_bar_prev).sqrt(),
         x0_to_mean=alpha_bar_prev.sqrt() * beta_t / (1 - alpha_bar_t),
         xt_to_mean=alpha_t.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar_t),
-        small_std=posterior_variance.sqrt().masked_fill(last, 0), large_std=beta_t.sqrt().masked_fill(last, 0),
+        small_std=posterior_variance.sqrt().masked_fill(last, 0),
+        large_std=beta_t.sqrt().masked_fill(last, 0),
         log_variance_range=(beta_t / posterior_variance.where(~last, beta_t)).log(),
-        kept_share=kept_share.masked_fill(last, 1),
-    )  # fmt: skip
+        kept_share=(alpha_t * (1 - alpha_bar_prev) / (1 - alpha_bar_t)).masked_fill(last, 1),
+    )
 
 
 class MNISTDDPMScheduler(MNISTSchedulerBase):
@@ -289,8 +300,6 @@ class MNISTDDPMScheduler(MNISTSchedulerBase):
     >>> scheduler.timesteps.tolist()
     [999, 749, 499, 249]
     """
-
-    _variance_types = ("fixed_small", "fixed_large", "learned_range")
 
     @register_to_config
     def __init__(
@@ -323,7 +332,7 @@ class MNISTDDPMScheduler(MNISTSchedulerBase):
             noise_scale: usually 1. With 0 samples collapse towards the mean of the data: use `MNISTDDIMScheduler`.
             variance_noise: z itself, shape `(B, C, H, W)`, instead of a generator.
         """
-        c, x_t, variance_type = self._coefficients("step", timestep, sample), sample, self._option("variance_type")
+        c, x_t, variance_type = self._coefficients(timestep, sample), sample, self._option("variance_type")
         if variance_type == "learned_range":
             check_images("model_output", model_output, (len(sample), 2 * sample.shape[1], *sample.shape[2:]))
             model_output, v = model_output.chunk(2, dim=1)
@@ -346,6 +355,7 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
         set_alpha_to_one: whether the last step leads to the image itself, and not to the noise level of timestep 0.
         variance_type: `"fixed_small"` (the default): the noise of eta = 1 has the posterior's variance.
             `"fixed_large"`: the paper's sigma-hat, more noise than the rest of the step makes room for.
+            `"learned_range"`: as `"fixed_small"`; `step` takes the first C channels of what the model predicts.
 
     All other arguments are those of `MNISTDDPMScheduler`.
     """
@@ -375,9 +385,7 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
         `eta` goes from 0, no noise, to 1, the noise of DDPM. With `use_clipped_model_output` eps_hat is computed again
         from the clipped x0_hat; with eta = 1 the step is then DDPM's. All else is as in `MNISTDDPMScheduler.step`.
         """
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be from 0 (no noise) to 1 (the noise of DDPM), got {eta!r}.")
-        c, x_t = self._coefficients("step", timestep, sample), sample
+        c, x_t = self._coefficients(timestep, sample), sample
         check_images("model_output", model_output, sample.shape)
         x0_hat = self._predict_x0(model_output, x_t, c)
         eps_hat = self._predict_eps(model_output, x_t, c)
@@ -393,7 +401,7 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
         results = x_prev.to(sample.dtype), x0_hat.to(sample.dtype)
         return MNISTSchedulerOutput(*results) if return_dict else results
 
-    def _predict_eps(self, output: Tensor, x_t: Tensor, c: Any) -> Tensor:
+    def _predict_eps(self, output: Tensor, x_t: Tensor, c: "Row") -> Tensor:
         """eps_hat from what the model predicts."""
         match self._option("prediction_type"):
             case "sample":
@@ -408,7 +416,7 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
         `x_t = sqrt(alpha_bar_t) x0_hat + sqrt(1 - alpha_bar_t) eps_hat` with `x0_hat = (x_prev - sqrt(1 -
         alpha_bar_prev) eps_hat) / sqrt(alpha_bar_prev)`, not clipped. `timestep` is t, where the step leads.
         """
-        c, x_prev = self._coefficients("step", timestep, sample), sample
+        c, x_prev = self._coefficients(timestep, sample), sample
         check_images("model_output", model_output, sample.shape)
         eps_hat = self._predict_eps(model_output, x_prev, c)
         x0_hat = (x_prev - c.sqrt_one_minus_alpha_bar_prev * eps_hat) / c.sqrt_alpha_bar_prev
@@ -430,8 +438,6 @@ diffusers.MNISTDDPMScheduler, diffusers.MNISTDDIMScheduler = MNISTDDPMScheduler,
 
 def spaced_timesteps(spacing: str, T: int, n: int, offset: int) -> Any:
     """The n timesteps of a `timestep_spacing`, in descending order."""
-    if not 1 <= n <= T:
-        raise ValueError(f"num_inference_steps must be from 1 to num_train_timesteps = {T}, got {n}.")
     if spacing == "leading":
         return T // n * np.arange(n - 1, -1, -1) + offset
     # one division of integers, so that halves are exact; they go to the even neighbor
@@ -451,8 +457,6 @@ def draw_noise(x: Tensor, noise: Tensor | None, generator: Any) -> Tensor:
     if noise is not None:
         check_images("noise", noise, x.shape)
         return noise
-    if isinstance(generator, list) and len(generator) != len(x):
-        raise ValueError(f"generator must be one, or a list of one per image ({len(x)}), got {len(generator)}.")
     return randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
 
 
@@ -462,6 +466,7 @@ CHOICES = {
     "beta_schedule": tuple(BETA_SCHEDULES),
     "prediction_type": ("epsilon", "sample", "v_prediction"),
     "timestep_spacing": ("trailing", "leading", "linspace"),
+    "variance_type": ("fixed_small", "fixed_large", "learned_range"),
 }
 
 
@@ -526,31 +531,19 @@ def betas_of(config: dict[str, Any]) -> Tensor:
 
 # Checks --------------------------------------------------------------------------------------------------------------
 
-NO_SIGNAL = "prediction_type must not be 'epsilon' where alphas_cumprod is 0: x_0 can't be told from predicted noise."
-
 
 def check_signal(alpha_bar: Tensor) -> None:
     """Refuse timesteps without signal, from which predicted noise does not lead to x_0."""
     if alpha_bar.is_cpu and not torch.compiler.is_compiling() and not alpha_bar.all():
-        raise ValueError(NO_SIGNAL)
+        raise ValueError("prediction_type must not be 'epsilon' where alphas_cumprod is 0. Take 'v_prediction'.")
 
 
 def check_timesteps(timesteps: Tensor, T: int) -> None:
     """Refuse a list of timesteps that is out of range or out of order; one on a device is not looked at."""
     is_list = timesteps.ndim == 1 and len(timesteps) > 0 and not timesteps.is_floating_point()
     if timesteps.is_cpu and not (is_list and timesteps[0] < T and timesteps[-1] >= 0 and (timesteps.diff() < 0).all()):
-        got = f"got {timesteps.tolist()!s:.80}. With leading spacing, take fewer steps or a smaller steps_offset."
+        got = f"got {timesteps.tolist()!s:.80}. num_inference_steps or steps_offset may be too large."
         raise ValueError(f"timesteps must be integers in descending order, from {T - 1} at most to 0, {got}")
-
-
-def rows_at(t: Tensor, table: Tensor, batch_size: int) -> Tensor:
-    """The rows `(1, k)` or `(B, k)` of timesteps, which are refused if they can't be those of B images."""
-    try:
-        if t.ndim <= 1 and t.numel() in (1, batch_size) and not t.is_floating_point():
-            return table.index_select(0, t.reshape(-1).long())
-    except IndexError:  # out of range; on a device nobody looks
-        pass
-    raise ValueError(f"timestep must be 1 or {batch_size} integers from 0 to {len(table) - 1}, got {t.tolist()}.")
 
 
 def check_images(name: str, x: Tensor, shape: Sequence[int]) -> None:

@@ -41,11 +41,9 @@ def check_output_dir(output_dir: Path, earlier_run_expected: bool) -> None:
         OSError: it can't.
         ValueError: it holds an earlier run, unexpectedly.
     """
-    try:
+    with explain_write_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output_dir).close()
-    except OSError as error:
-        raise OSError(f"output_dir must be writable, got {output_dir} ({error}). Name another folder.") from error
     earlier = _earlier_run(output_dir)
     require(
         earlier_run_expected or not earlier,
@@ -100,7 +98,7 @@ def explain_write_errors(output_dir: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"output_dir must be writable, got {output_dir} ({error}). Make room, and resume from the last checkpoint "
-            "with --resume_from_checkpoint latest."
+            "with --resume_from_checkpoint latest, or name another folder."
         ) from error
 
 
@@ -192,14 +190,10 @@ def find_checkpoint(requested: str, output_dir: Path) -> tuple[Path, dict[str, A
         output_dir: where to look for the latest; None is returned if there is no checkpoint at all.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        DamagedCheckpointError: it is damaged; for `"latest"`, all are.
+        DamagedCheckpointError: it is missing or damaged; for `"latest"`, all are.
     """
     if requested != "latest":
-        checkpoint = Path(requested)
-        if not checkpoint.is_dir():
-            raise FileNotFoundError(f"resume_from_checkpoint must be a folder or latest, got {requested!r}.")
-        return checkpoint, read_manifest(checkpoint)
+        return Path(requested), read_manifest(Path(requested))
 
     last_logged = max(_logged_lines(output_dir / LOG), default=0)
     checkpoints = list_checkpoints(output_dir)
