@@ -26,6 +26,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="ddpm, ddim, deis, dpmsolver_multistep, dpmsolver_singlestep, euler, euler_ancestral, heun, kdpm2, lms, "
         "pndm, sasolver or unipc.",
     )
+    parser.add_argument(
+        "--class_labels",
+        type=lambda label: int(label) if label.isdigit() else label,
+        nargs="+",
+        default=[],
+        help="Numbers or names of classes: one for all images, or several, which the images have in turn.",
+    )
+    parser.add_argument(
+        "--guidance_scale", type=float, default=1.0, help="How far the label, or a guide, leads; 1: none."
+    )
     parser.add_argument("--eta", type=float, help="DDIM's weight of the noise, from 0 to 1.")
     parser.add_argument("--noise_scale", type=float, help="DDPM's factor on the noise of each step.")
     parser.add_argument("--seed", type=int, default=0)
@@ -92,6 +102,8 @@ def main(args: argparse.Namespace) -> None:
             check_writable(path)
     pipe = load_pipeline(args.model, args.scheduler, args.device)
     options = {name: getattr(args, name) for name in ("num_inference_steps", "eta", "noise_scale")}
+    if args.class_labels or args.guidance_scale != 1:
+        options |= {"class_labels": args.class_labels, "guidance_scale": args.guidance_scale}
     if args.trajectory:
         steps = sample_trajectory(pipe, min(TRAJECTORY_IMAGES, args.num_images), args.seed, **options)
         save_trajectory(steps, args.trajectory)
@@ -99,7 +111,8 @@ def main(args: argparse.Namespace) -> None:
         write_images(pipe, args, options)
     else:
         batches = sample(pipe, range(args.num_images), args.seed, args.batch_size, **options)
-        image_grid([image for _, images in batches for image in images]).save(args.output)
+        columns = len(args.class_labels) if len(args.class_labels) > 1 else None
+        image_grid([image for _, images in batches for image in images], columns).save(args.output)
 
 
 if __name__ == "__main__":

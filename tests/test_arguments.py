@@ -36,6 +36,7 @@ def test_each_argument_is_described():
         ("muon_learning_rate", 0.0),
         ("adam_beta1", 1.0),
         ("uniform_share", -0.1),
+        ("label_dropout", 1.0),
         ("logit_std", 0.0),
         ("ema_max_decay", 1.0),
         ("max_grad_norm", 0.0),

@@ -18,8 +18,8 @@ UNIFORM = uniform_probabilities(T)
 IMAGES = torch.arange(NUM_IMAGES, dtype=torch.uint8)[:, None, None, None].expand(NUM_IMAGES, 1, 2, 3)
 
 
-def batches(seed=0, batch_size=BATCH_SIZE, images=IMAGES, random_flip=False):
-    return TrainingBatches(images, batch_size, UNIFORM, seed, torch.device("cpu"), random_flip)
+def batches(seed=0, batch_size=BATCH_SIZE, images=IMAGES, random_flip=False, **labels):
+    return TrainingBatches(images, batch_size, UNIFORM, seed, torch.device("cpu"), random_flip, **labels)
 
 
 def indices(batch):
@@ -27,7 +27,7 @@ def indices(batch):
 
 
 def same(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    return all(a is b is None or torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_images_are_scaled_to_minus_1_to_1():
@@ -54,7 +54,8 @@ def test_order_does_not_depend_on_the_batch_size():
 
 @pytest.mark.parametrize(("micro_batches", "processes"), [(2, 1), (1, 2), (2, 2), (4, 1), (1, 4)])
 def test_a_step_is_the_same_however_it_is_divided(micro_batches, processes):
-    run = batches(images=torch.randint(0, 256, (NUM_IMAGES, 1, 2, 3), dtype=torch.uint8), random_flip=True)
+    images, labels = torch.randint(0, 256, (NUM_IMAGES, 1, 2, 3), dtype=torch.uint8), torch.arange(NUM_IMAGES)
+    run = batches(images=images, random_flip=True, labels=labels, num_classes=NUM_IMAGES, label_dropout=0.5)
     (whole,) = run.micro_batches(7, 1)
     shares = [run.micro_batches(7, micro_batches, process, processes) for process in range(processes)]
     # micro-batch by micro-batch, and within it process by process
@@ -77,6 +78,31 @@ def test_half_of_the_images_are_flipped_by_seed_and_step():
     assert len({tuple(flipped(seed, step).tolist()) for seed in range(2) for step in range(2)}) == 4
     plain, flipping = (batches(random_flip=flip).micro_batches(5, 1)[0] for flip in (False, True))
     assert same(plain[1:], flipping[1:]), "noise and timesteps stay as they are"
+
+
+def test_labels_go_with_their_images():
+    run = batches(labels=torch.arange(NUM_IMAGES), num_classes=NUM_IMAGES)
+    for step in range(5):
+        (batch,) = run.micro_batches(step, 1)
+        assert batch.class_labels.tolist() == indices(batch)
+    assert batches().micro_batches(0, 1)[0].class_labels is None
+
+
+@pytest.mark.parametrize("label_dropout", [0.0, 0.1, 0.5])
+def test_labels_are_hidden_by_seed_and_step(label_dropout):
+    def hidden(seed, step):
+        labels = {"labels": torch.ones(NUM_IMAGES, dtype=torch.int64), "num_classes": 7}
+        run = batches(seed, 10_000, label_dropout=label_dropout, **labels)
+        plain, (batch,) = batches(seed, 10_000).micro_batches(step, 1)[0], run.micro_batches(step, 1)
+        assert same(plain[:3], batch[:3]), "images, noise and timesteps stay as they are"
+        assert set(batch.class_labels.tolist()) <= {1, 7}
+        return batch.class_labels == 7
+
+    standard_error = (label_dropout * (1 - label_dropout) / 10_000) ** 0.5
+    assert abs(hidden(0, 0).float().mean() - label_dropout) <= 5 * standard_error
+    assert torch.equal(hidden(0, 3), hidden(0, 3))
+    drawn = {tuple(hidden(seed, step).tolist()) for seed in range(2) for step in range(2)}
+    assert len(drawn) == (4 if label_dropout else 1)
 
 
 def test_a_step_does_not_depend_on_the_steps_before():

@@ -49,7 +49,7 @@ def test_loss_is_the_weighted_squared_error_at_the_noisy_images(prediction_type,
     alpha_bar = cosine_alpha_bar()[batch.timesteps][:, None, None, None]
     seen = {}
 
-    def unet(sample, timestep, return_dict):
+    def unet(sample, timestep, class_labels, return_dict):
         seen.update(sample=sample, timestep=timestep)
         return (torch.full_like(sample, 0.5),)
 

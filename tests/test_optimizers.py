@@ -121,7 +121,7 @@ def test_a_saved_state_resumes_bit_for_bit():
 @pytest.mark.parametrize(
     "unet",
     [
-        MNISTUNet2DModel(sample_size=8, block_out_channels=(8, 16), attention_head_dim=8),
+        MNISTUNet2DModel(sample_size=8, block_out_channels=(8, 16), attention_head_dim=8, num_class_embeds=3),
         UNet2DModel(
             sample_size=8,
             in_channels=1,
@@ -130,6 +130,7 @@ def test_a_saved_state_resumes_bit_for_bit():
             layers_per_block=1,
             down_block_types=("DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            num_class_embeds=3,
         ),
     ],
     ids=["ours", "diffusers"],
@@ -140,7 +141,7 @@ def test_hidden_matrices_of_a_unet(unet):
     names = {id(p): name for name, p in unet.named_parameters()}
     assert all(p.ndim >= 2 for p in matrices)
     in_adamw = {names[id(p)] for p in others}
+    ends = ("conv_in", "conv_out", "sample_gain", "gain_map.conv", "gain_map.log_scale", "class_embedding")
+    assert {f"{end}.weight" for end in ends} & set(names.values()) <= in_adamw
     assert {"conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight"} <= in_adamw
-    ends = ("sample_gain.weight", "gain_map.conv.weight", "gain_map.log_scale.weight")
-    assert {name for name in names.values() if name in ends} <= in_adamw
     assert not [name for name in in_adamw if "conv1.weight" in name or "to_q.weight" in name]

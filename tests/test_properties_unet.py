@@ -33,6 +33,7 @@ def configs(draw):
         "norm_eps": draw(st.sampled_from([1e-5, 1e-6, 1e-3])),
         "fourier_frequencies": draw(st.sampled_from([(), [0], (3, 7), [16, 5]])),
         "pixel_gain": draw(st.booleans()),
+        "num_class_embeds": draw(st.sampled_from([None, 1, 10])),
     }
 
 

@@ -20,11 +20,14 @@ from mnist_ddpm import MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
 def model(tmp_path_factory) -> str:
     """A saved pipeline of a small U-Net whose output is not zero."""
     torch.manual_seed(0)
-    unet = MNISTUNet2DModel(sample_size=8, block_out_channels=(8, 16), layers_per_block=1, attention_head_dim=8)
+    sizes = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 8}
+    unet = MNISTUNet2DModel(**sizes, num_class_embeds=3)
     for weight in unet.parameters():
         torch.nn.init.normal_(weight, std=0.1)
-    folder = tmp_path_factory.mktemp("model")
-    MNISTDDPMPipeline(unet=unet, scheduler=MNISTDDPMScheduler()).save_pretrained(folder)
+    torch.nn.init.normal_(unet.class_embedding.weight, std=2)
+    folder, names = tmp_path_factory.mktemp("model"), {0: "dot", 1: "line", 2: "cross"}
+    scheduler = MNISTDDPMScheduler(prediction_type="v_prediction")
+    MNISTDDPMPipeline(unet=unet, scheduler=scheduler, id2label=names).save_pretrained(folder)
     return str(folder)
 
 
@@ -51,6 +54,23 @@ def test_options_reach_the_scheduler(tmp_path, model):
         assert np.abs(pixels(tmp_path / "plain.png") - pixels(tmp_path / f"{name}.png")).max() > 10
     with pytest.raises(ValueError, match="noise_scale"):
         run(model, "--output", tmp_path / "noise_scale.png", "--noise_scale", 0.5)
+
+
+def test_images_have_the_labels_in_turn_and_a_column_for_each(tmp_path, model):
+    labels = {"all": [2, 0], "names": ["cross", "dot"], "first": ["2"], "second": ["dot"]}
+    flags = ("--num_images", 5, "--guidance_scale", 2, "--batch_size", 3)
+    for name, values in labels.items():
+        run(model, "--output", tmp_path / f"{name}.png", *flags, "--class_labels", *values)
+    grids = {name: pixels(tmp_path / f"{name}.png") for name in labels}
+    assert grids["all"].shape == (3 * 8, 2 * 8)
+    assert np.array_equal(grids["names"], grids["all"])
+    cells = {
+        name: grid.reshape(len(grid) // 8, 8, -1, 8).swapaxes(1, 2).reshape(-1, 8, 8) for name, grid in grids.items()
+    }
+    for i in range(5):
+        expected, other = (cells[name][i] for name in (("first", "second"), ("second", "first"))[i % 2])
+        assert np.abs(cells["all"][i] - expected).max() <= 1
+        assert np.abs(cells["all"][i] - other).max() > 10
 
 
 def test_a_trajectory_is_shown_beside_the_grid(tmp_path, model):

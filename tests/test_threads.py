@@ -155,14 +155,14 @@ def test_what_is_swapped_while_calls_run_is_for_the_next_ones():
 
 def test_a_scheduler_that_is_in_use_may_be_copied():
     """A call copies the scheduler while, for instance, a training loop adds noise by it on a new dtype."""
-    scheduler = MNISTDDPMScheduler()
     t = torch.zeros(2, dtype=torch.long)
-    for use in (lambda x: scheduler.add_noise(x, x, t), lambda x: scheduler.step(x, t, x)):
-        use(torch.zeros(2, 1, 1, 1, dtype=torch.float32))
+    for use in (lambda s, x: s.add_noise(x, x, t), lambda s, x: s.step(x, t, x)):
+        scheduler = MNISTDDPMScheduler()
+        use(scheduler, torch.zeros(2, 1, 1, 1, dtype=torch.float32))
         copies = scheduler._copies
         copying = iter(copies.items())  # as copy.deepcopy goes through a dict
         next(copying)
-        use(torch.zeros(2, 1, 1, 1, dtype=torch.float64))
+        use(scheduler, torch.zeros(2, 1, 1, 1, dtype=torch.float64))
         assert len(list(copying)) == len(copies) - 1
         assert len(scheduler._copies) == len(copies) + 1
 

@@ -20,7 +20,7 @@ from diffusers import UNet2DModel
 from loopback_hub import READER, USER, WRITER
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_training import UNET, command_line, write_images, write_workplace
+from tiny_training import CLASSES, UNET, command_line, write_images, write_workplace
 
 from mnist_ddpm import MNISTDDPMPipeline, MNISTUNet2DModel
 from mnist_ddpm.likelihood import log_snr_betas
@@ -398,12 +398,54 @@ def test_labels_may_come_in_after_the_weights(tmp_path):
     assert torch.equal(conditional.class_embedding.weight, embedding)
 
 
+# Labels
+
+
+def test_a_run_with_labels_leaves_a_conditional_pipeline(run):
+    output_dir = run("--label_column", "label", "--label_dropout", 0.5, "--eval_batch_size", 8)
+    pipe = MNISTDDPMPipeline.from_pretrained(output_dir)
+    assert pipe.config.id2label == dict(enumerate(CLASSES))
+    embedding = pipe.unet.class_embedding.weight
+    assert embedding.shape[0] == 4
+    assert (embedding != 0).any(dim=1).all(), "each class and 'no label' has been trained"
+    with Image.open(output_dir / "samples.png") as grid:
+        assert grid.size == (3 * 8, 3 * 8), "a column for each class"
+    card = (output_dir / "README.md").read_text(encoding="utf-8")
+    assert "dot, line, cross" in card
+    assert 'class_labels="dot"' in card
+    options = {"num_inference_steps": 2, "output_type": "pt", "guidance_scale": 2.0}
+    assert pipe(3, class_labels=CLASSES, **options).images.shape == (3, 1, 8, 8)
+
+
+def test_a_conditional_model_starts_from_an_unconditional_one(run, make_trainer, workplace, tmp_path):
+    source = run(output_dir=tmp_path / "source")
+    args = train.parse_args(command_line(workplace, "--init_from", source, "--label_column", "label"))
+    args.model_config_name_or_path, args.output_dir = None, str(tmp_path / "run")
+    weights = Trainer(args).unet.state_dict()
+    assert (weights.pop("class_embedding.weight") == 0).all()
+    assert equal(weights, saved_weights(source))
+    conditional = run("--label_column", "label", output_dir=tmp_path / "conditional")
+    with pytest.raises(ValueError, match=r"^label_column must be a column of 3 classes.* got None"):
+        run("--model_config_name_or_path", conditional)
+
+
+def test_labels_that_cannot_be_had_are_named(run, tmp_path):
+    with pytest.raises(ValueError, match=r"^label_column must be one of the columns"):
+        run("--label_column", "labels")
+    UNet2DModel(**PEER_UNET).save_config(tmp_path / "unet")
+    with pytest.raises(ValueError, match=r"^label_column must be None for a UNet2DModel"):
+        run("--label_column", "label", "--model_config_name_or_path", tmp_path / "unet")
+    MNISTUNet2DModel(sample_size=8, **UNET, num_class_embeds=4).save_config(tmp_path / "unet")
+    with pytest.raises(ValueError, match=r"^label_column must be a column of 4 classes"):
+        run("--label_column", "label", "--model_config_name_or_path", tmp_path / "unet")
+
+
 # Resuming
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_resumed_run_ends_bit_identical(run, tmp_path, optimizer):
-    flags = ["--optimizer", optimizer, "--random_flip"]
+    flags = ["--optimizer", optimizer, "--random_flip", "--label_column", "label", "--label_dropout", 0.5]
     whole = run(*flags, "--checkpointing_steps", 3, "--save_images_steps", 1)
     resumed = run(*flags, "--resume_from_checkpoint", whole / "checkpoint-3", output_dir=tmp_path / "resumed")
     assert read_log(resumed) == read_log(whole)[3:]
@@ -608,7 +650,7 @@ def test_output_folder_that_cannot_be_written_is_named(run, tmp_path):
     ("flags", "message"),
     [
         (["--dataset_name", "/no/such/folder"], "dataset_name"),
-        (["--image_column", "img"], "image_column"),
+        (["--image_column", "img"], "'img'"),
         (["--split", "tain"], "split='tain'"),
         (["--dataset_config_name", "large"], "config_name='large'"),
         (["--resolution", "4"], "model_config_name_or_path .* --resolution"),

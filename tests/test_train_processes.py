@@ -52,7 +52,7 @@ def read_log(output_dir):
 def test_one_and_two_processes_learn_the_same(command, tmp_path, optimizer):
     """20 steps of 8 images, as 1 x 8 and as 2 x 2 x 2 images, and one process resuming from where two had come to."""
     flags = ["--max_train_steps", 20, "--lr_scheduler", "constant", "--checkpointing_steps", 10]
-    flags += ["--optimizer", optimizer, "--random_flip"]
+    flags += ["--optimizer", optimizer, "--random_flip", "--label_column", "label", "--label_dropout", 0.5]
     run(command(1, *flags, "--train_batch_size", 8, "--output_dir", tmp_path / "one"))
     split = ["--train_batch_size", 2, "--gradient_accumulation_steps", 2]
     stderr = run(command(2, *flags, *split, "--output_dir", tmp_path / "two"))

@@ -1,5 +1,6 @@
 """The U-Net: shapes, gradients, errors, and what diffusers offers to models that keep its contract."""
 
+import json
 import math
 import warnings
 
@@ -186,6 +187,59 @@ def test_a_config_that_cannot_be_built_is_named(config, match):
         MNISTUNet2DModel(**(TINY | config))
 
 
+# Classes
+
+
+def test_a_label_adds_its_embedding_to_that_of_the_timestep():
+    unet, x, t = tiny_unet(num_class_embeds=3), images(4, 1, 8, 8), torch.tensor([0, 500, 500, 999])
+    assert unet.class_embedding.weight.shape == (4, 32)
+    predicted = unet(x, t, torch.tensor([2, 0, 3, 1])).sample
+    for i, label in enumerate([2, 0, None, 1]):
+        torch.testing.assert_close(unet(x[i : i + 1], t[i], label).sample[0], predicted[i], rtol=1e-5, atol=1e-5)
+    same = unet(x, t, 1).sample
+    assert torch.equal(unet(x, t, torch.tensor([1, 1, 1, 1])).sample, same)
+    with torch.no_grad():
+        unet.class_embedding.weight[1] = unet.class_embedding.weight[3]
+    assert torch.equal(unet(x, t, 1).sample, unet(x, t).sample)
+    assert (unet(x, t, 1).sample - same).abs().max() > 1e-3
+
+
+def test_before_training_a_conditional_model_is_the_unconditional_one():
+    plain, x = tiny_unet(), images(3, 1, 8, 8)
+    unet = MNISTUNet2DModel(**TINY, num_class_embeds=3).eval()
+    report = unet.load_state_dict(plain.state_dict(), strict=False)
+    assert report.missing_keys == ["class_embedding.weight"]
+    for labels in (None, 0, torch.tensor([0, 2, 3])):
+        assert torch.equal(unet(x, 7, labels).sample, plain(x, 7).sample)
+
+
+def test_configs_without_classes_are_those_of_unconditional_models(tmp_path):
+    """A config that was saved before there were classes lacks the key."""
+    unet, x = tiny_unet(), images(1, 1, 8, 8)
+    unet.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["num_class_embeds"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = MNISTUNet2DModel.from_pretrained(tmp_path, disable_mmap=True)
+    assert again.class_embedding is None
+    assert torch.equal(again(x, 3).sample, unet(x, 3).sample)
+
+
+@pytest.mark.parametrize("label", [-1, 4, torch.tensor([0, 4])])
+def test_a_label_out_of_range_is_an_error(label):
+    with pytest.raises(ValueError, match=r"^class_labels must be from 0 to 3"):
+        tiny_unet(num_class_embeds=3)(images(2, 1, 8, 8), 3, label)
+
+
+@pytest.mark.slow
+def test_it_compiles_into_one_graph_with_labels():
+    unet, x, labels = tiny_unet(num_class_embeds=3), images(2, 1, 8, 8), torch.tensor([0, 3])
+    torch._dynamo.reset()
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, 3, labels).sample, unet(x, 3, labels).sample, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("args", "match"),
     [
@@ -236,7 +290,7 @@ def test_a_file_that_lacks_weights_is_refused(tmp_path):
     unet.save_pretrained(tmp_path)
     state = {name: value for name, value in unet.state_dict().items() if name != "conv_in.bias"}
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match="lacks"):
+    with pytest.raises(ValueError, match=r"^weights.*conv_in\.bias"):
         MNISTUNet2DModel.from_pretrained(tmp_path)
 
 
@@ -306,11 +360,12 @@ def test_an_attention_processor_can_be_swapped():
 
 
 def test_layerwise_casting_keeps_norms_and_time_in_full_precision():
-    unet, x = tiny_unet(), images(2, 1, 8, 8)
+    unet, x = tiny_unet(num_class_embeds=3), images(2, 1, 8, 8)
     expected = unet(x, 3).sample
     unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     kept = {name for name, p in unet.named_parameters() if p.dtype == torch.float32}
-    assert kept == {name for name, _ in unet.named_parameters() if "norm" in name or "time_embedding" in name}
+    in_full = ("norm", "time_embedding", "class_embedding")
+    assert kept == {name for name, _ in unet.named_parameters() if any(part in name for part in in_full)}
     actual = unet(x, 3).sample
     # float8_e4m3fn has 3 bits of mantissa
     assert 0 < (actual - expected).norm() < 2**-3 * expected.norm()
@@ -370,8 +425,9 @@ def test_torch_export():
     torch.testing.assert_close(program.module()(x, t).sample, unet(x, t).sample, rtol=1e-4, atol=1e-5)
 
 
-def test_it_runs_in_the_pipeline_of_diffusers_without_a_warning():
-    pipe = DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler())
+@pytest.mark.parametrize("classes", [None, 3])
+def test_it_runs_in_the_pipeline_of_diffusers_without_a_warning(classes):
+    pipe = DDPMPipeline(unet=tiny_unet(num_class_embeds=classes), scheduler=DDPMScheduler())
     pipe.set_progress_bar_config(disable=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

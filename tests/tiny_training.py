@@ -9,6 +9,7 @@ from PIL import Image
 from mnist_ddpm import MNISTUNet2DModel
 
 NUM_IMAGES = 24
+CLASSES = ["dot", "line", "cross"]
 UNET = {"block_out_channels": (4, 8), "attention_head_dim": 4, "layers_per_block": 1, "norm_num_groups": 2}
 
 
@@ -17,8 +18,8 @@ def write_images(folder: Path, size: int = 8, channels: int = 1) -> Path:
     shape = (NUM_IMAGES, size, size, 3)[: 3 + (channels == 3)]
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     images = [Image.fromarray(image) for image in pixels]
-    features = {"image": datasets.Image(), "picture": datasets.Image(), "label": datasets.Value("int64")}
-    rows = {"image": images, "picture": images, "label": [0] * NUM_IMAGES}
+    features = {"image": datasets.Image(), "picture": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)}
+    rows = {"image": images, "picture": images, "label": [n % len(CLASSES) for n in range(NUM_IMAGES)]}
     dataset = datasets.Dataset.from_dict(rows, datasets.Features(features))
     for split, count in (("train", NUM_IMAGES), ("test", 16)):
         dataset.select(range(count)).to_parquet(folder / f"{split}-00000-of-00001.parquet")

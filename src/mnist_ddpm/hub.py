@@ -25,6 +25,7 @@ from huggingface_hub import (
     create_repo,
     file_exists,
     get_token,
+    snapshot_download,
     upload_folder,
 )
 
@@ -80,6 +81,16 @@ unet = MNISTUNet2DModel.from_pretrained("namespace/name", subfolder="unet")
 scheduler = MNISTDDPMScheduler.from_pretrained("namespace/name", subfolder="scheduler")
 ```
 """
+CLASSES = """## Classes
+
+{names}. A call takes one for all images, or a list with one for each:
+
+```python
+from mnist_ddpm import MNISTDDPMPipeline
+
+pipe = MNISTDDPMPipeline.from_pretrained("namespace/name")
+images = pipe(batch_size=4, class_labels={name}, guidance_scale=2.0, num_inference_steps=50).images
+```"""
 EVALUATION = """## Evaluation
 
 FID, KID, precision and recall are measured on features of an MNIST classifier, so they don't compare with those of
@@ -161,6 +172,20 @@ def publish(
     return commit.commit_url
 
 
+def download(pipeline_class: Any, repo_id: str, **kwargs: Any) -> str:
+    """Fetch the configs and weights of a pipeline, or find them in the cache; no code is fetched."""
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+    options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    components = [name for name in pipeline_class._get_signature_keys(pipeline_class)[0] if name not in kwargs]
+    allowed = [INDEX_FILE, *(f"{name}/*.{kind}" for name in components for kind in ("json", "safetensors"))]
+    try:
+        return str(snapshot_download(repo_id, allow_patterns=allowed, **options))
+    except Exception as error:  # whatever the network, the server and the client can do
+        reason = error if isinstance(error, OSError) else type(error).__name__  # others may quote the token
+        remedy = "check the name, the token and the network"
+        raise OSError(f"cannot load {repo_id!r} from the Hub: {remedy} ({reason})") from None
+
+
 def finish_folder(
     folder: str | os.PathLike[str], push_to_hub: bool = False, repo_id: str | None = None, **options: Any
 ) -> None:
@@ -224,6 +249,7 @@ def write_card(
     dataset: str | None = None,
     command: Sequence[str] = (),
     parameters: Mapping[str, Any] | None = None,
+    classes: Sequence[str] = (),
 ) -> None:
     """Write the model card of a saved pipeline: how to load it, and how it was trained.
 
@@ -234,10 +260,13 @@ def write_card(
         dataset: The Hub id of the data set.
         command: The training command, word by word.
         parameters: The parameters of the training, by name.
+        classes: The names of the classes.
     """
     card = ModelCard(CARD)
     data: Any = card.data
     sections = []
+    if classes:
+        sections.append(CLASSES.format(names=", ".join(classes), name=json.dumps(classes[0], ensure_ascii=False)))
     if command:
         sections.append(f"## Training\n\n```bash\n{shlex.join(_public_words(command))}\n```")
     if parameters:

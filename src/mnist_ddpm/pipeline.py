@@ -11,8 +11,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +20,6 @@ from diffusers import ModelMixin, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
-from huggingface_hub import snapshot_download
 
 # The schedulers whose `step` reads a learned variance from a prediction of 2C channels.
 LEARNED = ("learned", "learned_range")
@@ -30,7 +28,7 @@ LOADING = threading.RLock()  # diffusers patches torch for all threads while it 
 
 
 class MNISTDDPMPipeline(DiffusionPipeline):
-    """Unconditional image generation: start from N(0, I), and let the scheduler take each step of the U-Net.
+    """Image generation: start from N(0, I), and let the scheduler take each step of the U-Net.
 
     This is DDPM's Algorithm 2 (arXiv 2006.11239) with a DDPM scheduler. For DDIM and other solvers, swap the
     scheduler: `pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)`.
@@ -40,18 +38,24 @@ class MNISTDDPMPipeline(DiffusionPipeline):
             `in_channels` and `sample_size`. A learned variance (2C output channels) is used by DDPM schedulers only.
         scheduler: A scheduler of this package, or one of diffusers for DDPM's discrete betas: DDPM, DDIM, PNDM,
             DPM-Solver, UniPC, DEIS, SA-Solver, Euler, Heun, KDPM2, LMS. Flow matching and EDM need other models.
+        guide: A weaker U-Net, from whose prediction `guidance_scale` leads away.
+        id2label: The names of the classes by their numbers.
     """
 
     unet: Any
     scheduler: Any
-    model_cpu_offload_seq = "unet"
+    guide: Any
+    model_cpu_offload_seq = "guide->unet"
+    _optional_components = ["guide"]  # noqa: RUF012 - diffusers wants a list
     _callback_tensor_inputs = ("latents", "pred_original_sample")
     _interrupt = False
     num_timesteps = 0  # of the call that a callback belongs to
 
-    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, guide: ModelMixin = None, id2label: Any = None):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, guide=guide)
+        if id2label:  # whose keys are strings in JSON
+            self.register_to_config(id2label={int(number): name for number, name in id2label.items()})
 
     @torch.no_grad()
     def __call__(
@@ -61,6 +65,9 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         eta: float | None = None,
         use_clipped_model_output: bool | None = None,
         noise_scale: float | None = None,
@@ -69,33 +76,29 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Generate images.
+        """Generate images; returns an `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
 
         The sample is float32 whatever the dtype of the U-Net: the same seed gives the same noise in each. A call works
         on a copy of the scheduler, so threads may share a pipeline (but not with `enable_model_cpu_offload`).
 
         Args:
             batch_size: How many images.
-            generator: The source of randomness. One generator serves the whole batch. With a list, one per image,
-                each image depends on its own seed only.
+            generator: The source of randomness: one for all, or a list. With a list, each image depends on its own.
             latents: The noise to start from, N(0, I) of shape `(B, C, H, W)`. The sample is float64 if this is.
-            num_inference_steps: How many steps, by default all `num_train_timesteps` of the scheduler. DDIM and the
-                solvers need 50 or fewer.
+            num_inference_steps: How many steps, by default all of training. DDIM and the solvers need 50 or fewer.
             timesteps: The timesteps to visit instead, in decreasing order; only for schedulers that take them.
+            class_labels: Numbers or names of classes, one for all images or one for each. None: no label.
+            guidance_scale: s in `weak + s (strong - weak)` of predictions: the U-Net's is the strong one, the guide's
+                the weak one (arXiv 2406.02507), or without a guide the U-Net's without label (arXiv 2207.12598).
+            guidance_interval: Where s acts (arXiv 2404.07724): `low <= t / T <= high`, of T training timesteps.
             eta: The weight of DDIM's noise, in [0, 1]; only for schedulers whose `step` takes it.
             use_clipped_model_output: Whether DDIM recomputes the noise from clipped x_0; only where `step` takes it.
             noise_scale: A factor on the noise of each DDPM step; only where `step` takes it.
-            output_type: `"pil"` (a list; mode L for one channel), `"np"` (float32, `(B, H, W, C)` in [0, 1]) or
-                `"pt"` (`(B, C, H, W)` in [0, 1]).
+            output_type: `"pil"` (mode L for one channel), or in [0, 1] `"np"` (B, H, W, C) or `"pt"` (B, C, H, W).
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
-            callback_on_step_end: Called as `callback(pipe, step_index, timestep, tensors)` after each step. It returns
-                a dict, whose `latents` replace the sample. `pipe` has the scheduler of this call, and
-                `pipe._interrupt = True` ends it after this step.
-            callback_on_step_end_tensor_inputs: The `tensors`: `"latents"` (the sample), and `"pred_original_sample"`
-                (the predicted x_0) if the scheduler returns it.
-
-        Returns:
-            An `ImagePipelineOutput` with `images`, or the tuple `(images,)`.
+            callback_on_step_end: Called as `callback(pipe, step_index, timestep, tensors)` after each step; `latents`
+                of the dict it returns replace the sample. `pipe._interrupt = True` ends the call, which `pipe` is of.
+            callback_on_step_end_tensor_inputs: The `tensors`: `latents`, `pred_original_sample` if there is one.
 
         Raises:
             ValueError: If an argument does not fit the scheduler, the U-Net or the batch size.
@@ -104,33 +107,28 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         call = copy.copy(self)  # swaps of components are for later calls
-        call._interrupt = False
         channels = call.unet.config.in_channels
         allowed = ("pil", "np", "pt") if channels in (1, 3, 4) else ("np", "pt")
         if output_type not in allowed:
             raise ValueError(f"output_type must be one of {allowed} for {channels} channels, got {output_type!r}.")
         call._prepare_scheduler(num_inference_steps, timesteps)
         step = call.scheduler.step
-        options: dict[str, Any] = {
-            "eta": eta,
-            "use_clipped_model_output": use_clipped_model_output,
-            "noise_scale": noise_scale,
-        }
-        options = _given(step, options)
+        clipped = use_clipped_model_output
+        options = _given(step, {"eta": eta, "use_clipped_model_output": clipped, "noise_scale": noise_scale})
         if "generator" in inspect.signature(step).parameters:
             options["generator"] = generator
-
+        labels = None if class_labels is None else call._class_numbers(class_labels, batch_size)
+        scales = call._guidance_scales(guidance_scale, guidance_interval, labels)
         sample = call._initial_noise(batch_size, generator, latents)
         finite = []
         for i, t in enumerate(call.progress_bar(call.scheduler.timesteps)):
-            model_output = call._predict(sample, t)
+            model_output = call._predict(sample, t, labels, scales[i])
             output = step(model_output, t, sample, **options)
             sample = output.prev_sample
             if callback_on_step_end is not None:
                 tensors = call._callback_tensors(output, callback_on_step_end_tensor_inputs)
                 sample = callback_on_step_end(call, i, t, tensors).get("latents", sample).to(sample)
-            # read after the loop, so that no step waits for the device
-            finite.append(torch.isfinite(model_output).all() & torch.isfinite(sample).all())
+            finite.append(torch.isfinite(model_output).all() & torch.isfinite(sample).all())  # read after the loop
             if call._interrupt:
                 break
         call._check_finite(torch.stack(finite))
@@ -143,8 +141,7 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         size = self.unet.config.sample_size
         if size is None:
             raise ValueError("sample_size of the U-Net's config must be the size of its images, got None. Set it.")
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (batch_size, self.unet.config.in_channels, height, width)
+        shape = (batch_size, self.unet.config.in_channels, *([size, size] if isinstance(size, int) else size))
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator must be a list of {batch_size}, one per image, got {len(generator)}.")
         if latents is None:
@@ -154,13 +151,40 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         dtype = torch.promote_types(latents.dtype, torch.float32)
         return latents.to(self._execution_device, dtype) * self.scheduler.init_noise_sigma
 
-    def _predict(self, sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What the U-Net predicts for the sample: C channels, or 2C if the scheduler reads a variance."""
-        model_input = self.scheduler.scale_model_input(sample, t).to(self.unet.dtype)
-        model_output = self.unet(model_input, t).sample.to(sample.dtype)
-        if model_output.shape[1] == 2 * sample.shape[1] and not _reads_variance(self.scheduler):
-            model_output = model_output.chunk(2, dim=1)[0]
-        return model_output
+    def _class_numbers(self, class_labels: Any, batch_size: int) -> torch.Tensor:
+        """The class of each image, `(B,)`, from numbers and names."""
+        classes, names = self.unet.config.get("num_class_embeds") or 0, self.config.get("id2label", {})
+        given = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
+        given = [given] * batch_size if isinstance(given, int | str) else given
+        numbers = [{name: number for number, name in names.items()}.get(label, label) for label in given]
+        if len(numbers) != batch_size or not set(numbers) <= set(range(classes)):
+            allowed = f"class_labels must be 1 or {batch_size} of {classes} classes {[*names.values()]}"
+            raise ValueError(f"{allowed}, got {class_labels!r:.80}.")
+        return torch.tensor(numbers, device=self._execution_device)
+
+    def _guidance_scales(self, scale: float, interval: tuple[float, float], labels: Any) -> list[float]:
+        """The guidance scale of each step."""
+        low, high = interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance_interval must be two numbers t / T from 0 to 1, got {interval}.")
+        if scale != 1 and labels is None and self.guide is None:
+            raise ValueError(f"guidance_scale must be 1 without class_labels and without a guide, got {scale}.")
+        times = [t / self.scheduler.config.num_train_timesteps for t in self.scheduler.timesteps.tolist()]
+        return [scale if low <= time <= high else 1.0 for time in times]
+
+    def _predict(self, sample: torch.Tensor, t: torch.Tensor, labels: Any, scale: float) -> torch.Tensor:
+        """The prediction for the sample, guided: C channels, or 2C if the scheduler reads a variance."""
+        x, channels, unets = self.scheduler.scale_model_input(sample, t), sample.shape[1], [self.unet]
+        if scale != 1 and self.guide is not None:
+            unets.append(self.guide)
+        elif scale != 1:  # with labels and without in one batch: num_class_embeds stands for none
+            x = x.repeat(2, 1, 1, 1)
+            labels = torch.cat([labels, torch.full_like(labels, self.unet.config.num_class_embeds)])
+        options = {} if labels is None else {"class_labels": labels}
+        outputs = [unet(x.to(unet.dtype), t, **options).sample.to(sample.dtype) for unet in unets]
+        strong, *weak = [part for output in outputs for part in output.split(len(sample))]
+        output = extrapolate(strong, weak[0], scale, channels) if weak else strong
+        return output if _reads_variance(self.scheduler) else output[:, :channels]
 
     def _images(self, sample: torch.Tensor, output_type: str) -> Any:
         """From a sample in [-1, 1] to images of the output type."""
@@ -187,50 +211,41 @@ class MNISTDDPMPipeline(DiffusionPipeline):
 
     def _callback_tensors(self, output: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """The tensors that a callback asks for."""
-        tensors = {"latents": output.prev_sample}
-        if getattr(output, "pred_original_sample", None) is not None:
-            tensors["pred_original_sample"] = output.pred_original_sample
+        x0_hat = getattr(output, "pred_original_sample", None)
+        tensors = {"latents": output.prev_sample} | ({} if x0_hat is None else {"pred_original_sample": x0_hat})
         if not set(names) <= set(tensors):
-            allowed = f"{list(tensors)} with {type(self.scheduler).__name__}"
-            raise ValueError(f"callback_on_step_end_tensor_inputs must be of {allowed}, got {list(names)}.")
+            raise ValueError(f"callback_on_step_end_tensor_inputs must be of {list(tensors)}, got {list(names)}.")
         return {name: tensors[name] for name in names}
 
     def _check_finite(self, finite: torch.Tensor) -> None:
         """Raise if the sample was not finite at some step, with the step and the likely cause."""
-        if finite.all():
-            return
-        step = int((~finite).int().argmax())
-        broken = [name for name, weight in self.unet.named_parameters() if not torch.isfinite(weight).all()]
-        cause = f"weights ({broken[0]} is not finite)" if broken else f"dtype ({self.unet.dtype})"
-        raise RuntimeError(
-            f"sample must be finite, got NaN or infinity from step {step + 1} of {len(self.scheduler.timesteps)} on "
-            f"(timestep {self.scheduler.timesteps[step]:g}). Check the {cause} and the scheduler's config."
-        )
+        if not finite.all():
+            step, timesteps = int((~finite).int().argmax()), self.scheduler.timesteps
+            broken = [name for name, weight in self.unet.named_parameters() if not torch.isfinite(weight).all()]
+            cause = f"weights ({broken[0]})" if broken else f"dtype ({self.unet.dtype}) and the scheduler's config"
+            where = f"step {step + 1} of {len(timesteps)} on (timestep {timesteps[step]:g})"
+            raise RuntimeError(f"sample must be finite, got NaN or infinity from {where}. Check the {cause}.")
 
     # Loading and saving
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
-        """Make this pipeline from the components of another one; see `DiffusionPipeline.from_pipe`."""
-        # diffusers keeps components of exactly the annotated class only
-        return super().from_pipe(pipeline, **{"unet": pipeline.unet, **kwargs})
+        """Make this pipeline from the components of another one, whose U-Nets may be of any class."""
+        unets = {name: pipeline.components.get(name) for name in ("unet", "guide")}
+        return super().from_pipe(pipeline, **{**unets, **kwargs})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """Load a saved pipeline from a folder or the Hub, with weights from safetensors only.
-
-        Args:
-            pretrained_model_name_or_path: A folder, or a repository `namespace/name`.
-            kwargs: As for `DiffusionPipeline.from_pretrained`: `dtype`, `scheduler`, `unet`, `variant`, `revision`...
+        """Load a saved pipeline from a folder or the Hub as `DiffusionPipeline` does, but from safetensors only.
 
         Raises:
             ValueError: If `use_safetensors=False`.
             OSError: If there is no such pipeline, or it has no weights in safetensors.
         """
-        _refuse_pickles("use_safetensors", kwargs.get("use_safetensors"))
-        kwargs["use_safetensors"] = True
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError("use_safetensors must be True, got False. Pickled weights may run code.")
         with LOADING:
-            return super().from_pretrained(os.fspath(pretrained_model_name_or_path), **kwargs)
+            return super().from_pretrained(os.fspath(pretrained_model_name_or_path), use_safetensors=True, **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
@@ -249,40 +264,28 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+    def download(cls, repo_id: str, **kwargs: Any) -> str:
         """Fetch configs and weights from the Hub, or find them in the cache; no code is fetched."""
-        names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-        options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        components = [name for name in cls._get_signature_keys(cls)[0] if name not in kwargs]
-        allowed = [cls.config_name, *(f"{name}/*.{kind}" for name in components for kind in ("json", "safetensors"))]
-        try:
-            return snapshot_download(pretrained_model_name, allow_patterns=allowed, **options)
-        except Exception as error:  # whatever the network, the server and the client can do
-            reason = error if isinstance(error, OSError) else type(error).__name__  # others may quote the token
-            remedy = "check the name, the token and the network"
-            raise OSError(f"cannot load {pretrained_model_name!r} from the Hub: {remedy} ({reason})") from None
+        hub = _hub()
+        return super().download(repo_id, **kwargs) if hub is None else hub.download(cls, repo_id, **kwargs)
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, **kwargs: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Save a pipeline that loads with this package and without it: weights, configs, source files, model card.
 
-        Args:
-            save_directory: The folder. A `README.md` in it is kept.
-            safe_serialization: True.
-            kwargs: `variant` and `max_shard_size` of the weights. `push_to_hub=True` uploads the folder as well, with
-                `repo_id` (by default the folder's name) and the options of `mnist_ddpm.hub.publish`.
+        `push_to_hub=True` uploads the folder as well, with `repo_id` (by default the folder's name) and the options of
+        `mnist_ddpm.hub.publish`. A `README.md` in the folder is kept.
 
         Raises:
             ValueError: If `safe_serialization=False`.
             RuntimeError: If the upload fails; the message gives the remedy.
         """
-        _refuse_pickles("safe_serialization", safe_serialization)
+        if not safe_serialization:
+            raise ValueError("safe_serialization must be True, got False. Pickled weights may run code.")
+        self.register_modules(guide=self.guide)  # diffusers misses one that is set where there was none
         folder, hub = str(save_directory), _hub()
         if hub is None:
             return super().save_pretrained(folder, **kwargs)
-        weights = {name: kwargs.pop(name, None) for name in ("variant", "max_shard_size")}
-        super().save_pretrained(folder, **weights)
+        super().save_pretrained(folder, **{name: kwargs.pop(name, None) for name in ("variant", "max_shard_size")})
         return hub.finish_folder(folder, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
@@ -294,15 +297,20 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         """Write `model_index.json`, and beside each config the source file of its class."""
         super().save_config(save_directory)
         folder = Path(save_directory)
-        with _edited(folder / self.config_name) as index:
-            index["_class_name"] = _copy_source(type(self), folder) or index["_class_name"]
-            for name, component in self.components.items():
-                index[name] = source = _copy_source(type(unwrap_module(component)), folder / name) or index[name]
-                for path in (folder / name).glob("*config.json"):
-                    with _edited(path) as config:
-                        if name == "unet" and (folder / name / f"{source[0]}.py").exists():
-                            # AutoModel looks in model_index.json first
-                            index["auto_map"] = config["auto_map"] = {"AutoModel": ".".join(source)}
+        index: dict[str, Any] = {"_class_name": _copy_source(type(self), folder)}
+        for name, component in self.components.items():
+            index[name] = source = _copy_source(type(unwrap_module(component)), folder / name)
+            auto_map = {"AutoModel": ".".join(source)} if source and name == "unet" else None
+            index["auto_map"] = index.get("auto_map") or auto_map  # AutoModel looks there first
+            for path in (folder / name).glob("*config.json"):
+                _edit(path, {"auto_map": auto_map})
+        _edit(folder / self.config_name, index)
+
+
+def extrapolate(strong: torch.Tensor, weak: torch.Tensor, scale: float, channels: int) -> torch.Tensor:
+    """`weak + s (strong - weak)`: guidance. A learned variance, in further channels, stays that of `strong`."""
+    guided = weak[:, :channels] + scale * (strong[:, :channels] - weak[:, :channels])
+    return torch.cat([guided, strong[:, channels:]], dim=1)
 
 
 def _reads_variance(scheduler: Any) -> bool:
@@ -320,23 +328,15 @@ def _given(method: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any
     return given
 
 
-def _refuse_pickles(name: str, value: bool | None) -> None:
-    """Reject weights in pickles."""
-    if value is False:
-        raise ValueError(f"{name} must be True, got False. Pickled weights may run code when they are loaded.")
-
-
 def _hub() -> Any:
     """`mnist_ddpm.hub`; None in a copy of this file, which uses diffusers' own methods."""
     return importlib.import_module("mnist_ddpm.hub") if __name__ == "mnist_ddpm.pipeline" else None
 
 
-@contextmanager
-def _edited(path: Path) -> Iterator[dict[str, Any]]:
-    """Edit a config file; `_name_or_path`, which may be a path of this machine, is dropped."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content.pop("_name_or_path", None)
-    yield content
+def _edit(path: Path, changes: dict[str, Any]) -> None:
+    """Edit a config file: changes that are not None, no `_name_or_path` of this machine, no component that is None."""
+    content = json.loads(path.read_text(encoding="utf-8")) | {k: v for k, v in changes.items() if v is not None}
+    content = {k: v for k, v in content.items() if k != "_name_or_path" and v != [None, None]}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -99,7 +99,12 @@ def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]
 
 
 def sample(
-    pipe: MNISTDDPMPipeline, indices: Sequence[int], seed: int = 0, batch_size: int = 64, **kwargs: Any
+    pipe: MNISTDDPMPipeline,
+    indices: Sequence[int],
+    seed: int = 0,
+    batch_size: int = 64,
+    class_labels: Sequence[int | str] = (),
+    **kwargs: Any,
 ) -> Iterator[tuple[Sequence[int], Any]]:
     """Sample the images of these indices in batches, with one progress bar for all.
 
@@ -108,6 +113,7 @@ def sample(
         indices: Which images.
         seed: Of all of them.
         batch_size: Images at a time.
+        class_labels: Numbers or names of classes, which the images have in turn: image i the (i mod n)-th of n.
         kwargs: For the pipeline's call: `num_inference_steps`, `eta`, `output_type`, ...
 
     Yields:
@@ -124,6 +130,8 @@ def sample(
         for start in range(0, len(indices), batch_size):
             batch = indices[start : start + batch_size]
             options = {"callback_on_step_end": advance, "generator": image_generators(seed, batch), **kwargs}
+            if class_labels:
+                options["class_labels"] = [class_labels[i % len(class_labels)] for i in batch]
             (images,) = pipe(batch_size=len(batch), return_dict=False, **options)
             yield batch, images
 
@@ -147,7 +155,7 @@ def sample_trajectory(
         steps.append(pt_to_pil(torch.stack([tensors[name] for name in names], dim=1).flatten(0, 1)))
         return {}
 
-    callback = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": names}
+    callback: dict[str, Any] = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": names}
     for _ in sample(pipe, range(num_images), seed, num_images, **kwargs, **callback):
         pass
     return steps

@@ -12,9 +12,8 @@ Data takes this way through it, at the default size::
 Four things differ from the network of DDPM (Ho et al., arXiv 2006.11239, appendix B). Patches of `patch_size` pixels
 a side become channels first, so that no convolution runs at full resolution. Attention is in the middle only, unless
 `down_block_types` asks for more. The sample itself is added to the output, with a gain for each timestep and one for
-each pixel: at high noise the noise is nearly the sample, and the blocks need not carry it (the skip connection that
-EDM, arXiv 2206.00364, section 5, sets by formula, is learned here). And under autocast the first and the last layers
-stay in float32: near t = 0 the noise is smaller than bfloat16 can resolve.
+each pixel: at high noise the noise is nearly the sample (EDM's skip connection, arXiv 2206.00364, section 5, learned).
+Under autocast the first and the last layers stay in float32: near t = 0 the noise is too small for bfloat16.
 """
 
 import math
@@ -145,15 +144,12 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
     _default_processor_cls = SelfAttentionProcessor
     _available_processors = (SelfAttentionProcessor,)
     _supports_qkv_fusion = False
-    processor: Callable[["SelfAttention", torch.Tensor], torch.Tensor]
 
     def __init__(self, channels: int, head_dim: int, groups: int, eps: float):
         super().__init__()
         self.heads = channels // head_dim
         self.norm = nn.GroupNorm(groups, channels, eps)
-        self.to_q = nn.Linear(channels, channels)
-        self.to_k = nn.Linear(channels, channels)
-        self.to_v = nn.Linear(channels, channels)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = zero_init(nn.Linear(channels, channels))
         self.processor = SelfAttentionProcessor()
 
@@ -167,11 +163,9 @@ class SelfAttention(nn.Module, AttentionModuleMixin):
 class Stage(nn.Module):
     """A residual block, and attention behind it where the level has it."""
 
-    def __init__(
-        self, channels: int, time_embed_dim: int, groups: int, eps: float, dropout: float, head_dim: int | None
-    ):
+    def __init__(self, channels: int, time_dim: int, groups: int, eps: float, dropout: float, head_dim: int | None):
         super().__init__()
-        self.resnet = ResidualBlock(channels, time_embed_dim, groups, eps, dropout)
+        self.resnet = ResidualBlock(channels, time_dim, groups, eps, dropout)
         self.attention = nn.Identity() if head_dim is None else SelfAttention(channels, head_dim, groups, eps)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
@@ -198,6 +192,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         fourier_frequencies: integers n; `sin(2^n pi x)` and `cos(2^n pi x)` join the channels of the sample. Empty by
             default; (3, 4, 5, 6, 7) for likelihood.
         pixel_gain: whether each pixel is added to the prediction with a gain of its own. Models of 0.1.0 have none.
+        num_class_embeds: classes of the images; None for an unconditional model. Their embeddings are 0 at first.
 
     Raises:
         ValueError: for an unknown block type, and for sizes that do not divide as said above.
@@ -211,11 +206,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Stage"]  # noqa: RUF012 - diffusers wants these as lists
     _repeated_blocks = ["ResidualBlock", "SelfAttention"]  # noqa: RUF012
-    _skip_layerwise_casting_patterns = ["norm", "time_embedding"]  # noqa: RUF012
-
-    down_blocks: Any  # lists of lists by level, which is more than ModuleList's type can say
-    skip_joins: Any
-    up_blocks: Any
+    _skip_layerwise_casting_patterns = ["norm", "time_embedding", "class_embedding"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -233,6 +224,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         norm_eps: float = 1e-5,
         fourier_frequencies: tuple[int, ...] = (),
         pixel_gain: bool = True,
+        num_class_embeds: int | None = None,
     ):
         super().__init__()
         lists = {name: tuple(value) for name, value in self.config.items() if isinstance(value, list)}
@@ -247,12 +239,14 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             head_dim = (attention_head_dim or channels) if kind == "AttnDownBlock2D" else None
             return Stage(channels, time_embed_dim, norm_num_groups, norm_eps, dropout, head_dim)
 
-        def by_level(make: Callable[[int, str], nn.Module]) -> nn.ModuleList:
+        def by_level(make: Callable[[int, str], nn.Module]) -> Any:  # ModuleList's type can't say: lists of lists
             levels = zip(block_out_channels, down_block_types, strict=True)
             return nn.ModuleList(nn.ModuleList(make(*level) for _ in range(layers_per_block)) for level in levels)
 
         self.time_embedding = TimeEmbedding(block_out_channels[0], time_embed_dim)
-        self.fourier_features = None
+        self.class_embedding = self.fourier_features = self.gain_map = None
+        if num_class_embeds is not None:
+            self.class_embedding = zero_init(nn.Embedding(num_class_embeds + 1, time_embed_dim))  # the last: no label
         if fourier_frequencies:
             self.fourier_features = FourierFeatures(in_channels, fourier_frequencies, time_embed_dim)
         input_channels = in_channels * (1 + 2 * len(fourier_frequencies))
@@ -267,7 +261,6 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         self.norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], norm_eps)
         self.conv_out = zero_init(nn.Conv2d(block_out_channels[0], out_channels * patch_area, 3, padding=1))
         self.sample_gain = zero_init(nn.Linear(time_embed_dim, out_channels * in_channels))
-        self.gain_map = None
         if pixel_gain:
             gained = min(in_channels, out_channels)
             self.gain_map = PixelGain(block_out_channels[0], gained, patch_size, time_embed_dim)
@@ -276,7 +269,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         self,
         sample: torch.Tensor,
         timestep: torch.Tensor | float | int,
-        class_labels: None = None,
+        class_labels: torch.Tensor | int | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         """Predict from `sample` at `timestep`.
@@ -284,22 +277,23 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         Args:
             sample: noisy images x_t, shape `(B, in_channels, H, W)`.
             timestep: t from 0 to T - 1, one for all or one for each image, `(B,)`. Fractions are fine.
-            class_labels: None, which pipelines of diffusers pass. The model is unconditional.
+            class_labels: classes, one for all or one for each image, `(B,)`. None or `num_class_embeds`: no label.
             return_dict: False for a plain tuple.
 
         Returns:
             `UNet2DOutput` with `sample` of shape `(B, out_channels, H, W)`, or a tuple of that tensor.
 
         Raises:
-            ValueError: for `class_labels`, and for a sample whose channels or size the model can't take.
+            ValueError: for labels that the model doesn't know, and channels or a size that it can't take.
         """
-        if class_labels is not None:
-            raise ValueError(f"class_labels must be None, got {class_labels!r:.80}. The model is unconditional.")
-        _check_sample(sample, self.config)
+        _check_sample(sample, class_labels, self.config)
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(len(sample))
 
         with torch.autocast(sample.device.type, enabled=False):
             emb = self.time_embedding(timestep, sample.dtype)
+            if self.class_embedding is not None:
+                label = self.config.num_class_embeds if class_labels is None else class_labels
+                emb = emb + self.class_embedding(torch.as_tensor(label, device=sample.device).expand(len(sample)))
             h = sample
             if self.fourier_features is not None:
                 h = torch.cat([h, self.fourier_features(sample, emb)], dim=1)
@@ -339,9 +333,8 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
     def _run(self, block: nn.Module, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         """Call a block, without keeping its activations where gradient checkpointing is on."""
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return self._gradient_checkpointing_func(block, x, emb)
-        return block(x, emb)
+        saves_memory = torch.is_grad_enabled() and self.gradient_checkpointing
+        return self._gradient_checkpointing_func(block, x, emb) if saves_memory else block(x, emb)
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -369,9 +362,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         unet, report = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         wrong = {key: report[key] for key in ("missing_keys", "unexpected_keys") if report[key]}
         if wrong:  # diffusers would leave what is missing random
-            raise ValueError(
-                f"weights must be those of the config, got {wrong}. {pretrained_model_name_or_path} is damaged."
-            )
+            raise ValueError(f"weights of {pretrained_model_name_or_path} must be those of the config, got {wrong}.")
         return (unet, report) if report_wanted else unet
 
 
@@ -390,14 +381,18 @@ def _check_config(config: Any) -> None:
         raise ValueError(f"sample_size must be a multiple of {_size_multiple(config)}, got {config.sample_size}.")
 
 
-def _check_sample(sample: torch.Tensor, config: Any) -> None:
-    """Refuse samples of other channels, and sizes that the levels can't halve."""
+def _check_sample(sample: torch.Tensor, class_labels: torch.Tensor | int | None, config: Any) -> None:
+    """Refuse samples of other channels, sizes that the levels can't halve, and labels that are not of the model."""
     multiple = _size_multiple(config)
     if sample.ndim != 4 or sample.shape[1] != config.in_channels or any(n % multiple for n in sample.shape[2:]):
-        raise ValueError(
-            f"sample must be (B, {config.in_channels}, H, W) with H and W multiples of {multiple}, "
-            f"got {tuple(sample.shape)}."
-        )
+        shape = f"(B, {config.in_channels}, H, W) with H and W multiples of {multiple}"
+        raise ValueError(f"sample must be {shape}, got {tuple(sample.shape)}.")
+    if class_labels is not None:
+        labels, last = torch.as_tensor(class_labels), config.num_class_embeds
+        on_host = labels.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a look would wait
+        if last is None or (on_host and not ((labels >= 0) & (labels <= last)).all()):
+            allowed = "None, as the model has no classes" if last is None else f"from 0 to {last}"
+            raise ValueError(f"class_labels must be {allowed}, got {class_labels!r:.80}.")
 
 
 def _size_multiple(config: Any) -> int:

@@ -16,10 +16,10 @@ FRACTION: Range = ("at least 0 and below 1", lambda x: 0 <= x < 1)
 
 # arguments that a resumed run must share with the run that wrote its checkpoint
 FIXED = (
-    "seed", "random_flip", "prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule", "ddpm_log_snr",
-    "loss_type", "timestep_sampling", "logit_mean", "logit_std", "uniform_share", "snr_gamma", "optimizer",
-    "muon_learning_rate", "muon_momentum", "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay",
-    "adam_epsilon", "max_grad_norm", "use_ema", "ema_inv_gamma", "ema_power", "ema_max_decay",
+    "seed", "label_dropout", "random_flip", "prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule",
+    "ddpm_log_snr", "loss_type", "timestep_sampling", "logit_mean", "logit_std", "uniform_share", "snr_gamma",
+    "optimizer", "muon_learning_rate", "muon_momentum", "learning_rate", "adam_beta1", "adam_beta2",
+    "adam_weight_decay", "adam_epsilon", "max_grad_norm", "use_ema", "ema_inv_gamma", "ema_power", "ema_max_decay",
 )  # fmt: skip
 # arguments of the learning rate's schedule, which a resumed run may change
 SCHEDULE = ("lr_scheduler", "lr_warmup_steps", "lr_decay_steps")
@@ -51,6 +51,12 @@ class TrainingArguments:
     dataset_config_name: str | None = _arg(None, "Configuration of the data set, where it has more than one.")
     split: str = _arg("train", "Split to train on; slices such as train[:1000] work too.")
     image_column: str = _arg("image", "Column with the images.")
+    label_column: str | None = _arg(
+        None, "Column with the classes (label where each folder is a class), which the model is then told."
+    )
+    label_dropout: float = _arg(
+        0.1, "Share of the images of each step whose class is hidden: the model learns to do without.", FRACTION
+    )
     resolution: int | None = _arg(None, "Resize the shorter side of the images to this size.", COUNT)
     center_crop: bool = _arg(True, "Crop the center of images that are not square.")
     random_flip: bool = _arg(False, "Flip half of the images of each step horizontally.")

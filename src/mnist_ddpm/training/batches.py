@@ -1,4 +1,4 @@
-"""What is random in a training step: which images, which timesteps, which noise.
+"""What is random in a training step: which images, which timesteps, which noise, which labels are hidden.
 
 All of it is a function of the seed and of global counters, so that it is the same whatever the number of processes, of
 accumulated micro-batches or of restarts, and there is no state of a random number generator to save.
@@ -10,18 +10,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from mnist_ddpm.data import decode_images, load_split
+from mnist_ddpm.data import decode_images, load_labels, load_split
 from mnist_ddpm.training.arguments import TrainingArguments
 
-ORDER_STREAM, NOISE_STREAM, FLIP_STREAM = 0, 1, 2  # independent random streams of one seed
+ORDER_STREAM, NOISE_STREAM, FLIP_STREAM, LABEL_STREAM = range(4)  # independent random streams of one seed
 
 
 class Batch(NamedTuple):
-    """Images in [-1, 1] and noise, both `(B, C, H, W)` in float32, and a timestep for each, `(B,)`."""
+    """Images in [-1, 1] and noise, both `(B, C, H, W)` in float32; for each a timestep and a class, `(B,)`."""
 
     clean_images: torch.Tensor
     noise: torch.Tensor
     timesteps: torch.Tensor
+    class_labels: torch.Tensor | None = None  # where one is hidden, the number of classes
 
 
 class TrainingBatches:
@@ -34,6 +35,9 @@ class TrainingBatches:
         seed: of the order of the images, the timesteps and the noise.
         device: where the batches are made.
         random_flip: flip each image horizontally with probability 1/2.
+        labels: the class of each image, int64 `(N,)`; None for none.
+        num_classes: how many classes there are.
+        label_dropout: the probability with which a label is hidden.
     """
 
     def __init__(
@@ -44,6 +48,9 @@ class TrainingBatches:
         seed: int,
         device: torch.device,
         random_flip: bool = False,
+        labels: torch.Tensor | None = None,
+        num_classes: int = 0,
+        label_dropout: float = 0.0,
     ):
         self.images = images
         self.batch_size = batch_size
@@ -51,6 +58,9 @@ class TrainingBatches:
         self.seed = seed
         self.device = device
         self.random_flip = random_flip
+        self.labels = None if labels is None else labels.to(images.device)
+        self.num_classes = num_classes
+        self.label_dropout = label_dropout
         self._orders: dict[int, torch.Tensor] = {}
 
     def micro_batches(
@@ -58,17 +68,18 @@ class TrainingBatches:
     ) -> list[Batch]:
         """What one process computes in `step` (counted from 0): its share, in micro-batches.
 
-        Flips, timesteps and noise are drawn for the whole step, on each process the same, and then divided.
+        What is random is drawn for the whole step, on each process the same, and then divided.
         """
         generator = self._generator(NOISE_STREAM, step, self.device)
         timesteps = stratified_timesteps(self.batch_size, self.cdf, generator)
         shape = (self.batch_size, *self.images.shape[1:])
         noise = torch.randn(shape, generator=generator, device=self.device)
-        columns = (self._indices(step), self._flips(step), noise, timesteps)
+        flips, hidden = self._draw(FLIP_STREAM, step) < 0.5, self._draw(LABEL_STREAM, step) < self.label_dropout
+        columns = (self._indices(step), flips, hidden, noise, timesteps)
         parts = zip(*(column.chunk(num_micro_batches * num_processes) for column in columns), strict=True)
         return [
-            Batch(self._clean_images(index, flip), noise, timesteps)
-            for index, flip, noise, timesteps in list(parts)[process::num_processes]
+            Batch(self._clean_images(index, flip), noise, timesteps, self._class_labels(index, hidden))
+            for index, flip, hidden, noise, timesteps in list(parts)[process::num_processes]
         ]
 
     def _clean_images(self, index: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
@@ -76,10 +87,16 @@ class TrainingBatches:
         images = self._to_device(self.images[index]).float() / 127.5 - 1
         return torch.where(flip[:, None, None, None], images.flip(-1), images) if self.random_flip else images
 
-    def _flips(self, step: int) -> torch.Tensor:
-        """Which images of `step` are flipped."""
-        generator = self._generator(FLIP_STREAM, step, self.device)
-        return torch.rand(self.batch_size, generator=generator, device=self.device) < 0.5
+    def _class_labels(self, index: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor | None:
+        """The classes of images, on the training device; None where there are none."""
+        if self.labels is None:
+            return None
+        return self._to_device(self.labels[index]).masked_fill(hidden, self.num_classes)
+
+    def _draw(self, stream: int, step: int) -> torch.Tensor:
+        """A number in [0, 1) for each image of `step`."""
+        generator = self._generator(stream, step, self.device)
+        return torch.rand(self.batch_size, generator=generator, device=self.device)
 
     def _indices(self, step: int) -> torch.Tensor:
         """Which images `step` trains on: sample n of the run is the (n mod N)-th in the order of epoch n // N."""
@@ -97,10 +114,10 @@ class TrainingBatches:
         generator = self._generator(ORDER_STREAM, epoch, torch.device("cpu"))
         return torch.randperm(len(self.images), generator=generator).to(self.images.device)
 
-    def _to_device(self, images: torch.Tensor) -> torch.Tensor:
-        """Images on the training device, without a wait for it."""
-        from_host_to_gpu = images.device.type == "cpu" and self.device.type == "cuda"
-        return images.pin_memory().to(self.device, non_blocking=True) if from_host_to_gpu else images.to(self.device)
+    def _to_device(self, data: torch.Tensor) -> torch.Tensor:
+        """Images or labels on the training device, without a wait for it."""
+        from_host_to_gpu = data.device.type == "cpu" and self.device.type == "cuda"
+        return data.pin_memory().to(self.device, non_blocking=True) if from_host_to_gpu else data.to(self.device)
 
     def _generator(self, stream: int, counter: int, device: torch.device) -> torch.Generator:
         """A generator whose seed is a hash of the run's seed, the stream and the counter."""
@@ -108,22 +125,29 @@ class TrainingBatches:
         return torch.Generator(device).manual_seed(seed)
 
 
-def load_images(args: TrainingArguments, accelerator: Accelerator, channels: int | None) -> torch.Tensor:
-    """All images, uint8 `(N, C, H, W)`: on the training device, or on the host if they would fill half of its memory.
+def load_images(
+    args: TrainingArguments, accelerator: Accelerator, channels: int | None
+) -> tuple[torch.Tensor, torch.Tensor | None, dict[int, str]]:
+    """All images, uint8 `(N, C, H, W)`; where there is a `label_column`, the class of each, `(N,)`, and their names.
+
+    The images are on the training device, or on the host if they would fill half of its memory.
 
     Raises:
-        ValueError: the data set holds no images, or not all of the same kind.
+        ValueError: the data set holds no images or labels, or the images are not all of the same kind.
         OSError: there is no such data set.
         MemoryError: the images fit nowhere.
     """
     with accelerator.main_process_first():
         dataset = load_split(args.dataset_name, args.dataset_config_name, args.split, args.cache_dir)
+    labels, names = load_labels(dataset, args.label_column) if args.label_column else (None, [])
     images = decode_images(
         dataset, args.image_column, args.resolution, channels, center_crop=args.center_crop, background=args.background
     )
     if accelerator.device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(accelerator.device)[0] // 2:
-        return images.pin_memory()
-    return images.to(accelerator.device)
+        images = images.pin_memory()
+    else:
+        images = images.to(accelerator.device)
+    return images, labels, dict(enumerate(names))
 
 
 def timestep_probabilities(args: TrainingArguments) -> torch.Tensor:

@@ -51,7 +51,7 @@ class DiffusionLoss:
     def __call__(self, unet: Callable[..., Any], batch: Batch) -> torch.Tensor:
         """The mean over the batch, a float32 scalar."""
         noisy_images = self.scheduler.add_noise(batch.clean_images, batch.noise, batch.timesteps)
-        output = unet(noisy_images, batch.timesteps, return_dict=False)[0].float()
+        output = unet(noisy_images, batch.timesteps, batch.class_labels, return_dict=False)[0].float()
         prediction = output[:, : batch.noise.shape[1]]  # what follows where the variance is learned is the variance
         simple = self._simple(prediction, batch)
         if self.loss_type == "simple":

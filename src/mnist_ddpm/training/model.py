@@ -29,19 +29,33 @@ def load_unet_config(args: TrainingArguments) -> dict[str, Any]:
     return config
 
 
-def make_unet(config: dict[str, Any], images: torch.Tensor, args: TrainingArguments) -> ModelMixin:
-    """The U-Net of a config; what the config leaves open is as the images are.
+def make_unet(
+    config: dict[str, Any], images: torch.Tensor, args: TrainingArguments, num_classes: int | None = None
+) -> ModelMixin:
+    """The U-Net of a config; what the config leaves open is as the images and their classes are.
 
     Where the variance is learned, the U-Net returns twice as many channels: the prediction, and the variance.
 
     Raises:
-        ValueError: the config is for other images, or the saved weights are of another U-Net.
+        ValueError: the config is for other images or classes, or the saved weights are of another U-Net.
         OSError: there are no saved weights.
     """
     channels, height, width = shape = tuple(images.shape[1:])
     out_channels = 2 * channels if args.variance_type == "learned_range" else channels
     size = height if height == width else (height, width)
     open_choices = {"sample_size": size, "in_channels": channels, "out_channels": out_channels}
+    require(
+        num_classes is None or config["_class_name"] == "MNISTUNet2DModel",
+        "label_column must be None for a UNet2DModel, which has no embedding for a hidden label",
+        args.label_column,
+    )
+    classes = config.get("num_class_embeds") or num_classes
+    require(
+        classes == num_classes,
+        f"label_column must be a column of {classes} classes, as many as the U-Net's config has",
+        args.label_column,
+    )
+    config = config | {"num_class_embeds": num_classes}
     reason = ""
     try:
         unet = UNETS[config["_class_name"]].from_config(open_choices | config)

@@ -14,12 +14,13 @@ from mnist_ddpm.training.arguments import TrainingArguments
 # Newton-Schulz: X <- a X + b (X X^T) X + c (X X^T)^2 X brings all singular values near 1 (Muon, Jordan et al., 2024)
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
-# modules whose weights are no hidden matrices: the first and the last layer, and what the timestep passes through
+# modules whose weights are no hidden matrices: the first and the last layer, and what timestep and label pass through
 ADAMW_MODULES = (
     "conv_in",
     "conv_out",
     "time_embedding",
     "time_emb_proj",
+    "class_embedding",
     "sample_gain",
     "gain_map",
     "fourier_features",

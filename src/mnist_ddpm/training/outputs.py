@@ -89,7 +89,10 @@ class Outputs:
                 tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=done, **kwargs)
 
     def _sample_grid(self, pipeline: MNISTDDPMPipeline, interrupted: Callable[[], bool]) -> Image.Image | None:
-        """Images from the same noise each time, by DDIM, which needs fewer steps than DDPM; None if interrupted."""
+        """Images from the same noise each time, by DDIM, which needs fewer steps than DDPM; None if interrupted.
+
+        Where there are classes, each has a column.
+        """
         # DDIM takes no learned variance, and without noise needs none
         scheduler = MNISTDDIMScheduler.from_config(pipeline.scheduler.config, variance_type="fixed_small")
         pipeline = MNISTDDPMPipeline(unet=pipeline.unet, scheduler=scheduler)
@@ -100,13 +103,15 @@ class Outputs:
             run._interrupt = interrupted()
             return {}
 
+        count, classes = self.args.eval_batch_size, pipeline.unet.config.get("num_class_embeds")
         output: Any = pipeline(
-            self.args.eval_batch_size,
+            count,
             generator,
             num_inference_steps=self.args.ddpm_num_inference_steps,
+            class_labels=torch.arange(count) % classes if classes else None,
             callback_on_step_end=heed_signal,
         )
-        return None if interrupted() else image_grid(output.images)
+        return None if interrupted() else image_grid(output.images, classes and min(classes, count))
 
     def save_pipeline(self, pipeline: MNISTDDPMPipeline) -> None:
         """Save the pipeline, so that at any moment either the old one or the new one is there."""
@@ -164,7 +169,13 @@ class Outputs:
             self.save_pipeline(pipeline)
         if not (self.folder / SAMPLES).exists() and (grid := self._sample_grid(pipeline, lambda: False)):
             save_image(grid, self.folder / SAMPLES)  # stopped before the first images were due
-        write_card(self.folder, dataset=self._dataset_id(), command=self.args.command, parameters=self._shown())
+        write_card(
+            self.folder,
+            dataset=self._dataset_id(),
+            command=self.args.command,
+            parameters=self._shown(),
+            classes=[*pipeline.config.get("id2label", {}).values()],
+        )
         logger.info(f"The pipeline is in {self.folder}, its latest samples in {self.folder / SAMPLES}")
         if not stopped and self.args.push_to_hub:
             url = publish(self.folder, self.repo_id, token=self.args.hub_token)

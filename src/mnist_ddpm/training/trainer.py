@@ -64,13 +64,22 @@ class Trainer:
         set_seed(args.seed)
 
         unet_config = load_unet_config(args)
-        images = load_images(args, accelerator, channels=args.channels or unet_config.get("in_channels"))
+        channels = args.channels or unet_config.get("in_channels")
+        images, labels, id2label = load_images(args, accelerator, channels)
         self.num_images = len(images)
         self.batch_size: int = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
         self.total_steps = args.max_train_steps or math.ceil(args.num_epochs * self.num_images / self.batch_size)
         p = timestep_probabilities(args)
         self.batches = TrainingBatches(
-            images, self.batch_size, p, args.seed, accelerator.device, random_flip=args.random_flip
+            images,
+            self.batch_size,
+            p,
+            args.seed,
+            accelerator.device,
+            args.random_flip,
+            labels,
+            len(id2label),
+            args.label_dropout,
         )
 
         betas = log_snr_betas(args.ddpm_num_steps, *args.ddpm_log_snr).tolist() if args.ddpm_log_snr else None
@@ -84,10 +93,11 @@ class Trainer:
             clip_sample=args.prediction_type != "v_prediction" or args.loss_type != "simple",
         )
         self.loss = DiffusionLoss(self.scheduler, args.snr_gamma, accelerator.device, args.loss_type, p)
-        unet = make_unet(unet_config, images, args)
+        unet = make_unet(unet_config, images, args, len(id2label) or None)
         unet = unet.to(accelerator.device, memory_format=torch.channels_last)
         # what gets saved and sampled from, without dropout
-        self.pipeline = MNISTDDPMPipeline(unet=copy.deepcopy(unet).eval(), scheduler=self.scheduler)
+        published_unet = copy.deepcopy(unet).eval()
+        self.pipeline = MNISTDDPMPipeline(unet=published_unet, scheduler=self.scheduler, id2label=id2label)
         self.ema = self._make_ema(unet) if args.use_ema else None
         optimizer = make_optimizer(unet, args)
         self.learning_rates = [group["lr"] for group in optimizer.param_groups]
