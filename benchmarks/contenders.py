@@ -1,20 +1,19 @@
 """Trainings to be compared: each makes one optimizer step at a time, and can be sampled from at any moment."""
 
-import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 
-from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline
-from mnist_ddpm.training.trainer import Trainer
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from train import parse_args
+from mnist_ddpm import MNISTDDPMPipeline
+from mnist_ddpm.sampling import make_scheduler
+from mnist_ddpm.training import Trainer, TrainingArguments
+from mnist_ddpm.training.batches import logit_normal_probabilities, stratified_timesteps
+from mnist_ddpm.training.optimizers import MuonAdamW, hidden_matrices
 
 # the U-Net that the Hugging Face diffusion course sets up for MNIST
 PEER_UNET = {
@@ -37,15 +36,15 @@ class Contender(Protocol):
     def step(self) -> None:
         """Make one optimizer step."""
 
-    def pipeline(self) -> MNISTDDPMPipeline:
-        """The pipeline as it would be saved now, with the DDIM scheduler of its own house."""
+    def pipeline(self, sampler: str = "ddim") -> MNISTDDPMPipeline:
+        """The pipeline as it would be saved now, with a sampler of its own house."""
 
 
-class TrainScript:
-    """What `examples/train.py` does with these flags, a step at a time."""
+class Ours:
+    """What `Trainer` does with these arguments, a step at a time."""
 
-    def __init__(self, flags: list[str], output_dir: Path):
-        self.trainer = Trainer(parse_args([*flags, "--output_dir", str(output_dir), "--logger", "none"]))
+    def __init__(self, output_dir: Path, **arguments: Any):
+        self.trainer = Trainer(TrainingArguments(output_dir=str(output_dir), logger="none", **arguments))
         self.batch_size = self.trainer.batch_size
         self.bf16 = self.trainer.accelerator.mixed_precision == "bf16"
         self.steps = 0
@@ -55,10 +54,10 @@ class TrainScript:
         self.trainer.training_step(self.steps)
         self.steps += 1
 
-    def pipeline(self) -> MNISTDDPMPipeline:
-        """The averaged weights, with our DDIM."""
+    def pipeline(self, sampler: str = "ddim") -> MNISTDDPMPipeline:
+        """The EMA, with our schedulers."""
         pipe = self.trainer.published_pipeline()
-        return MNISTDDPMPipeline(unet=pipe.unet, scheduler=MNISTDDIMScheduler.from_config(pipe.scheduler.config))
+        return MNISTDDPMPipeline(unet=pipe.unet, scheduler=make_scheduler(sampler, pipe.scheduler.config))
 
 
 class Course:
@@ -67,14 +66,20 @@ class Course:
     Args:
         images: uint8 (N, 1, 28, 28).
         device: where to train.
-        tuned: channels_last, bfloat16 autocast, torch.compile, a moving average of the weights, a warm-up and gradient
-            clipping, and the settings below that differ.
+        tuned: channels_last, Muon, our timesteps, EMA, a warm-up and gradient clipping, and the settings below that
+            differ.
         learning_rate: of AdamW.
         batch_size: images per step.
         compiled: use torch.compile.
         bf16: use bfloat16 autocast.
         seed: of everything random.
     """
+
+    schedulers: ClassVar[dict[str, Any]] = {
+        "ddpm": DDPMScheduler,
+        "ddim": DDIMScheduler,
+        "dpmsolver_multistep": DPMSolverMultistepScheduler,
+    }
 
     def __init__(
         self,
@@ -94,7 +99,14 @@ class Course:
         if tuned:
             self.unet.to(memory_format=torch.channels_last)
         self.forward = torch.compile(self.unet) if compiled else self.unet
-        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=learning_rate)
+        self.optimizer: torch.optim.Optimizer
+        if tuned:
+            self.optimizer = MuonAdamW(*hidden_matrices(self.unet), lr=learning_rate)
+        else:
+            self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=learning_rate)
+        p = logit_normal_probabilities(len(self.scheduler), uniform_share=0.2)
+        self.cdf = p.cumsum(0).float().to(device) if tuned else None
+        self.generator = torch.Generator(device).manual_seed(seed)
         warmup = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / 500))
         self.lr_scheduler = warmup if tuned else None
         self.ema = EMAModel(self.unet.parameters(), use_ema_warmup=True, power=0.75) if tuned else None
@@ -106,7 +118,7 @@ class Course:
         """Make one optimizer step."""
         clean_images = self._next_images().to(self.device).float() / 127.5 - 1
         noise = torch.randn_like(clean_images)
-        timesteps = torch.randint(0, len(self.scheduler), clean_images.shape[:1], device=self.device)
+        timesteps = self._timesteps(len(clean_images))
         noisy_images = self.scheduler.add_noise(clean_images, noise, timesteps)
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16):
             prediction = self.forward(noisy_images, timesteps, return_dict=False)[0]
@@ -119,6 +131,12 @@ class Course:
             self.lr_scheduler.step()
             self.ema.step(self.unet.parameters())
 
+    def _timesteps(self, count: int) -> torch.Tensor:
+        """Timesteps for a batch: uniform, or where it is tuned as ours are."""
+        if self.cdf is not None:
+            return stratified_timesteps(count, self.cdf, self.generator)
+        return torch.randint(0, len(self.scheduler), (count,), generator=self.generator, device=self.device)
+
     def _next_images(self) -> torch.Tensor:
         """The next batch; a new order of the images when all have been seen."""
         try:
@@ -127,10 +145,10 @@ class Course:
             self.batches = iter(self.loader)
             return next(self.batches)
 
-    def pipeline(self) -> MNISTDDPMPipeline:
-        """The weights, averaged if there is an average, with diffusers' DDIM."""
+    def pipeline(self, sampler: str = "ddim") -> MNISTDDPMPipeline:
+        """The weights, or their EMA if there is one, with diffusers' schedulers."""
         self.sampled_unet.load_state_dict(self.unet.state_dict())
         if self.ema:
             self.ema.copy_to(self.sampled_unet.parameters())
-        scheduler: Any = DDIMScheduler.from_config(self.scheduler.config)
+        scheduler = self.schedulers[sampler].from_config(self.scheduler.config)
         return MNISTDDPMPipeline(unet=self.sampled_unet, scheduler=scheduler)

@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         "num_inference_steps": args.num_inference_steps,
         **provenance(args),
     }
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     image_grid(rows, columns=ROW).save(args.picture)
     return result
 

@@ -1,6 +1,6 @@
 """What each choice of a training for likelihood is worth, in bits per dimension: one of them changed at a time.
 
-Each row is `examples/train.py` for as many steps, few of them, then the variational bound on test images, estimated
+Each row is a training of as many steps, few of them, then the variational bound on test images, estimated
 from the same images. Rows that the output file has already are kept: a comparison that was stopped goes on.
 """
 
@@ -12,44 +12,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import TrainScript
-from quality import earlier_figures
+from contenders import Ours
+from quality import earlier_figures, write_json
 
 from mnist_ddpm.cli import provenance
-from mnist_ddpm.data import MNIST, decode_images, load_split
+from mnist_ddpm.data import load_mnist
 from mnist_ddpm.likelihood import bits_per_dim
 from mnist_ddpm.metrics import random_subset
 
 ROOT = Path(__file__).resolve().parent.parent
-UNET = json.loads((ROOT / "examples" / "likelihood" / "config.json").read_text())
-FLAGS = {
-    "--ddpm_num_steps": "256",
-    "--ddpm_log_snr": "9 -5",
-    "--variance_type": "learned_range",
-    "--loss_type": "vlb",
-    "--max_grad_norm": "10",
+UNET = json.loads((ROOT / "examples" / "likelihood" / "config.json").read_text(encoding="utf-8"))
+ARGUMENTS = {
+    "ddpm_num_steps": 256,
+    "ddpm_log_snr": (9.0, -5.0),
+    "variance_type": "learned_range",
+    "loss_type": "vlb",
+    "max_grad_norm": 10.0,
 }
 
-# what is chosen otherwise, in the flags and in the U-Net; None: as it is by default
-CHANGES: dict[str, tuple[dict[str, str | None], dict[str, Any]]] = {
+# what is chosen otherwise, in the arguments of training and in the U-Net; None: as it is by default
+CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "all of them": ({}, {}),
     "no Fourier features": ({}, {"fourier_frequencies": None}),
     "default U-Net, with Fourier features": (
         {},
         dict.fromkeys(("patch_size", "block_out_channels", "down_block_types")),
     ),
-    "T = 64": ({"--ddpm_num_steps": "64"}, {}),
-    "T = 1000": ({"--ddpm_num_steps": "1000"}, {}),
-    "T = 1000, cosine betas": ({"--ddpm_num_steps": "1000", "--ddpm_log_snr": None}, {}),
+    "T = 64": ({"ddpm_num_steps": 64}, {}),
+    "T = 1000": ({"ddpm_num_steps": 1000}, {}),
+    "T = 1000, cosine betas": ({"ddpm_num_steps": 1000, "ddpm_log_snr": None}, {}),
     "T = 1000, linear betas": (
-        {"--ddpm_num_steps": "1000", "--ddpm_log_snr": None, "--ddpm_beta_schedule": "linear"},
+        {"ddpm_num_steps": 1000, "ddpm_log_snr": None, "ddpm_beta_schedule": "linear"},
         {},
     ),
-    "fixed_small": ({"--variance_type": "fixed_small"}, {}),
-    "fixed_large": ({"--variance_type": "fixed_large"}, {}),
-    "loss hybrid": ({"--loss_type": "hybrid"}, {}),
-    "epsilon-prediction": ({"--prediction_type": "epsilon"}, {}),
-    "none of them": (dict.fromkeys(FLAGS), dict.fromkeys(UNET)),
+    "fixed_small": ({"variance_type": "fixed_small"}, {}),
+    "fixed_large": ({"variance_type": "fixed_large"}, {}),
+    "loss hybrid": ({"loss_type": "hybrid"}, {}),
+    "epsilon-prediction": ({"prediction_type": "epsilon"}, {}),
+    "none of them": (dict.fromkeys(ARGUMENTS), dict.fromkeys(UNET)),
 }
 
 
@@ -68,40 +68,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def flags_of(change: str, folder: Path) -> list[str]:
-    """The flags of `train.py` for all choices but those that are changed; writes the U-Net's config to a folder."""
-    flag_changes, unet_changes = CHANGES[change]
+def arguments_of(change: str, folder: Path) -> dict[str, Any]:
+    """The arguments of training for all choices but those changed; writes the U-Net's config to a folder."""
+    argument_changes, unet_changes = CHANGES[change]
     unet = {key: value for key, value in (UNET | unet_changes).items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(unet | {"_class_name": UNET["_class_name"]}))
-    flags = {flag: value for flag, value in (FLAGS | flag_changes).items() if value is not None}
-    words = [word for flag, value in flags.items() for word in [flag, *value.split()]]
-    return [*words, "--model_config_name_or_path", str(folder)]
+    config = json.dumps(unet | {"_class_name": UNET["_class_name"]})
+    (folder / "config.json").write_text(config, encoding="utf-8")
+    arguments = {name: value for name, value in (ARGUMENTS | argument_changes).items() if value is not None}
+    return arguments | {"model_config_name_or_path": str(folder)}
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train and measure each, and write what there is after each."""
     settings = {name: getattr(args, name) for name in ("max_train_steps", "num_images", "num_timesteps_per_image")}
-    settings |= {"seed": args.seed, "flags": FLAGS, "unet": UNET}
+    settings |= {"seed": args.seed, "arguments": ARGUMENTS, "unet": UNET}
     result: dict[str, Any] = {
         "likelihood": earlier_figures(args.output, "likelihood", settings),
         "settings": settings,
         **provenance(args),
     }
-    test_images = random_subset(decode_images(load_split(MNIST, split="test")), args.num_images, args.seed)
+    test_images = random_subset(load_mnist("test"), args.num_images, args.seed)
     for name in args.changes:
         if name in result["likelihood"]:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            flags = flags_of(name, Path(folder))
-            flags += [
-                "--max_train_steps",
-                str(args.max_train_steps),
-                "--lr_warmup_steps",
-                "50",
-                "--seed",
-                str(args.seed),
-            ]
-            training = TrainScript(flags, Path(folder) / "training")
+            options = {"max_train_steps": args.max_train_steps, "lr_warmup_steps": 50, "seed": args.seed}
+            training = Ours(Path(folder) / "training", **options, **arguments_of(name, Path(folder)))
             for _ in range(args.max_train_steps):
                 training.step()
             pipe = training.trainer.published_pipeline()
@@ -109,7 +101,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         bound = bits_per_dim(pipe.unet, pipe.scheduler, test_images, args.num_timesteps_per_image, generator=generator)
         result["likelihood"][name] = bound.summary()
         print(f"{name:22} {bound.total:.3f} +- {bound.standard_error:.3f} bits per dimension")
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(result, args.output)
     return result
 
 

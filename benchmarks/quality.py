@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mnist_ddpm import MNISTDDPMPipeline
 from mnist_ddpm.data import MNIST, decode_images, load_split
 from mnist_ddpm.metrics import (
     ClassifierFeatures,
@@ -18,6 +19,8 @@ from mnist_ddpm.metrics import (
     random_subset,
 )
 from mnist_ddpm.sampling import sample_tensor
+from mnist_ddpm.training.batches import Batch
+from mnist_ddpm.training.loss import DiffusionLoss
 
 
 class Quality:
@@ -28,17 +31,24 @@ class Quality:
         seed: of the noise that they begin with: sample i begins with the same noise in every pipeline.
         batch_size: samples at a time.
         device: where the pipelines are.
+        dataset_name: of the real images.
 
     Attributes:
         floor: the same scores of as many real test images.
     """
 
-    def __init__(self, num_images: int, seed: int = 0, batch_size: int = 250, device: str = "cpu"):
+    def __init__(
+        self,
+        num_images: int,
+        seed: int = 0,
+        batch_size: int = 250,
+        device: str = "cpu",
+        dataset_name: str = MNIST,
+    ):
         self.num_images, self.seed, self.batch_size, self.device = num_images, seed, batch_size, device
         self.classifier = ClassifierFeatures.from_pretrained().to(device)
-        train = decode_images(load_split(MNIST, split="train"))
-        self.reference = extract_features(self.classifier, train)
-        test = decode_images(load_split(MNIST, split="test"))
+        self.reference = extract_features(self.classifier, decode_images(load_split(dataset_name, split="train")))
+        test = decode_images(load_split(dataset_name, split="test"))
         self.floor = self.score(random_subset(test, num_images, seed))
 
     def score(self, images: torch.Tensor) -> dict[str, float]:
@@ -57,18 +67,48 @@ class Quality:
 
 
 def earlier_figures(path: Path, key: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a result file has under `key` already, so that a run that was stopped goes on.
+    """What a result file has under `key` already, so that a run that was stopped resumes.
 
     Raises:
         ValueError: its figures were made with other settings.
     """
     if not path.exists():
         return {}
-    earlier = json.loads(path.read_text())
+    earlier = json.loads(path.read_text(encoding="utf-8"))
     if earlier["settings"] != settings:
-        raise ValueError(f"--output: {path} holds figures of {earlier['settings']}: name another file")
+        raise ValueError(
+            f"output must be a file of figures with {settings}, got {path} with {earlier['settings']}. Name another."
+        )
     figures: dict[str, Any] = earlier[key]
     return figures
+
+
+def write_json(result: dict[str, Any], path: Path) -> None:
+    """Write what there is so far."""
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def loss_over_t(pipe: MNISTDDPMPipeline, images: torch.Tensor, timesteps: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """The loss of training at each timestep, on the same images and noise for each pipeline.
+
+    Args:
+        pipe: a pipeline.
+        images: uint8 (N, 1, 28, 28), that it was not trained on.
+        timesteps: (M,)
+        seed: of the noise.
+
+    Returns:
+        The mean squared error of what the U-Net predicts, (M,).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    loss = DiffusionLoss(pipe.scheduler, None, pipe.device)
+    clean_images = (images / 127.5 - 1).to(pipe.device)
+    losses = []
+    for t in timesteps.to(pipe.device):
+        noise = torch.randn(images.shape, generator=generator).to(pipe.device)
+        losses.append(loss(pipe.unet, Batch(clean_images, noise, t.expand(len(images)))))
+    return torch.stack(losses).cpu()
 
 
 @contextmanager

@@ -173,14 +173,16 @@ def recipes(results: dict[str, Result]) -> str:
             f"{recipe['training_images_per_second']:.0f}",
             f"{recipe['fid']:.2f}",
             f"{recipe['confident_share']:.0%}",
+            f"{recipe['error']:.4f}",
+            f"{recipe['error_by_tenth_of_t'][0]:.4f}",
         ]
         for change, recipe in result["recipes"].items()
     ]
+    titles = ["images per second", "FID", "confidence >= 0.9", "error of v", "in the lowest tenth of t"]
     return (
-        f"After {settings['minutes']:g} minutes of training on {result['threads']} thread(s); "
-        f"{settings['num_images']:,} samples in {settings['num_inference_steps']} DDIM steps; real-data baseline "
-        f"{result['floor']['fid']:.2f}:\n\n"
-        f"{table(['change', 'images per second', 'FID', 'confidence >= 0.9'], rows)}\n\n{origins(results)}"
+        f"After {settings['images']:,} images on {result['threads']} thread(s); {settings['num_images']:,} samples in "
+        f"{settings['num_inference_steps']} DDIM steps; real-data baseline {result['floor']['fid']:.2f}. The error is "
+        f"that on test images:\n\n{table(['change', *titles], rows)}\n\n{origins(results)}"
     )
 
 
@@ -219,7 +221,13 @@ def time_to_quality(results: dict[str, Result]) -> str:
         for name, contender in result["contenders"].items()
     ]
     sampling_rows = [
-        [f"`{name}`", str(point["num_inference_steps"]), f"{point['samples_per_second']:.1f}", f"{point['fid']:.2f}"]
+        [
+            f"`{name}`",
+            str(point["num_inference_steps"]),
+            point["sampler"],
+            f"{point['samples_per_second']:.1f}",
+            f"{point['fid']:.2f}",
+        ]
         for name, points in result["sampling"].items()
         for point in points
     ]
@@ -229,7 +237,7 @@ def time_to_quality(results: dict[str, Result]) -> str:
         f"of {result['num_images']:,} samples in\n{result['num_inference_steps']} DDIM steps (real-data baseline: "
         f"{result['floor']['fid']:.2f}):\n\n{table(['', *training_titles], training_rows)}\n\n"
         "Sampling at the end of each training:\n\n"
-        f"{table(['', 'DDIM steps', 'samples per second', 'FID'], sampling_rows)}\n\n{origins(results)}"
+        f"{table(['', 'steps', 'sampler', 'samples per second', 'FID'], sampling_rows)}\n\n{origins(results)}"
     )
 
 
@@ -277,7 +285,8 @@ def section(name: str, folder: Path = RESULTS) -> str:
     """The text of a section."""
     key, write = SECTIONS[name]
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    return write({stem: result for stem, result in results.items() if key in result})
+    of_kind = {stem: result for stem, result in results.items() if key in result}
+    return write(of_kind) if of_kind else f"`benchmarks/results/` holds no result with `{key}` yet."
 
 
 def updated(text: str) -> str:

@@ -1,21 +1,20 @@
 """FID of one model by the noise of its sampling and by the number of steps: DDPM's two variances and none, DDIM's eta.
 
 The counterpart of Table 1 of DDIM (arXiv 2010.02502). Cells that the output file has already, of the same model and
-settings, are kept: a run that was stopped goes on.
+settings, are kept: a run that was stopped resumes.
 """
 
 import argparse
-import hashlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from quality import Quality, earlier_figures
+from quality import Quality, earlier_figures, write_json
 
 from mnist_ddpm import PRETRAINED, MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler
 from mnist_ddpm.cli import provenance
+from mnist_ddpm.sampling import weights_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 # scheduler, what its config says about the variance, and what a call of the pipeline says about the noise
@@ -49,20 +48,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def weights_digest(unet: torch.nn.Module) -> str:
-    """SHA-256 of all weights, in float32."""
-    digest = hashlib.sha256()
-    for weights in unet.state_dict().values():
-        digest.update(weights.cpu().float().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Fill the table, cell by cell, the quick columns first."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     quality = Quality(args.num_images, args.seed, device=device)
     pipe = MNISTDDPMPipeline.from_pretrained(args.model).to(device)
-    settings = {"weights_sha256": weights_digest(pipe.unet), "num_images": args.num_images, "seed": args.seed}
+    settings = {"weights": weights_digest(pipe.unet), "num_images": args.num_images, "seed": args.seed}
     earlier = earlier_figures(args.output, "noise_table", settings)
     result: dict[str, Any] = {
         "noise_table": {name: earlier.get(name, {}) for name in ROWS},
@@ -80,7 +71,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             pipe.scheduler = scheduler_class.from_config(config, **scheduler_options)
             cells[str(steps)] = scores = quality(pipe, bf16=True, num_inference_steps=steps, **call_options)
             print(f"{name:42} {steps:>5} steps  FID {scores['fid']:8.2f}  clear {scores['confident_share']:.1%}")
-            args.output.write_text(json.dumps(result, indent=2) + "\n")
+            write_json(result, args.output)
     return result
 
 

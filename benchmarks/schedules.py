@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import Quality, earlier_figures
+from quality import Quality, earlier_figures, loss_over_t, write_json
 
 from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler
 from mnist_ddpm.cli import provenance
-from mnist_ddpm.data import MNIST, decode_images, load_split
+from mnist_ddpm.data import load_mnist
 from mnist_ddpm.likelihood import bits_per_dim
 from mnist_ddpm.metrics import random_subset
-from mnist_ddpm.training.batches import Batch
-from mnist_ddpm.training.loss import DiffusionLoss
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
@@ -66,30 +64,21 @@ def train(schedule: str, seed: int, args: argparse.Namespace) -> Path:
     return folder
 
 
-@torch.no_grad()
-def loss_over_t(pipe: MNISTDDPMPipeline, images: torch.Tensor, seed: int) -> dict[str, list[float]]:
-    """The loss of training, at timesteps evenly spread, on the same images and noise for each pipeline."""
-    generator = torch.Generator().manual_seed(seed)
-    loss = DiffusionLoss(pipe.scheduler, None, images.device)
-    timesteps = torch.linspace(0, len(pipe.scheduler) - 1, NUM_TIMESTEPS).long()
-    losses = []
-    for t in timesteps:
-        noise = torch.randn(images.shape, generator=generator)
-        losses.append(loss(pipe.unet, Batch(images / 127.5 - 1, noise, t.expand(len(images)))).item())
-    return {"timesteps": timesteps.tolist(), "loss": losses}
-
-
 def measure(folder: Path, quality: Quality, test_images: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one model."""
     pipe = MNISTDDPMPipeline.from_pretrained(folder)
     scheduler = MNISTDDPMScheduler.from_config(pipe.scheduler.config, simple_var=False)
     generator = torch.Generator().manual_seed(args.seed)
     bound = bits_per_dim(pipe.unet, scheduler, test_images, num_timesteps=NUM_TIMESTEPS, generator=generator)
-    log = (folder / "train_log.jsonl").read_text().splitlines()
+    timesteps = torch.linspace(0, len(scheduler) - 1, NUM_TIMESTEPS).long()
+    log = (folder / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
     pipe.scheduler = MNISTDDIMScheduler.from_config(pipe.scheduler.config)
     return {
         "final_training_loss": sum(json.loads(line)["loss"] for line in log[-200:]) / min(200, len(log)),
-        "test_loss": loss_over_t(pipe, test_images, args.seed),
+        "test_loss": {
+            "timesteps": timesteps.tolist(),
+            "loss": loss_over_t(pipe, test_images, timesteps, args.seed).tolist(),
+        },
         "bits_per_dim": {
             **bound.summary(),
             "timesteps": bound.timesteps.double().mean(0).tolist(),
@@ -138,7 +127,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train what isn't trained yet, measure, write, draw."""
     runs = {f"{schedule}-{seed}": train(schedule, seed, args) for seed in args.seeds for schedule in SCHEDULES}
     quality = Quality(args.num_images, args.seed)
-    test_images = random_subset(decode_images(load_split(MNIST, split="test")), args.num_test_images, args.seed)
+    test_images = random_subset(load_mnist("test"), args.num_test_images, args.seed)
     settings = {name: getattr(args, name) for name in SETTINGS}
     result: dict[str, Any] = {
         "runs": earlier_figures(args.output, "runs", settings),
@@ -152,7 +141,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         result["runs"][name] = measured = measure(folder, quality, test_images, args)
         fids = ", ".join(f"{n}: {scores['fid']:.2f}" for n, scores in measured["fid"].items())
         print(f"{name:>9}  {measured['bits_per_dim']['total']:.3f} bits per dimension  FID by steps {fids}")
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(result, args.output)
     draw(result, args.picture)
     return result
 

@@ -2,17 +2,16 @@
 
 The contenders:
 
-- `ours`: `examples/train.py`, at a constant learning rate, so that it may be stopped at any moment;
+- `ours`: our `Trainer` at its defaults, but for a constant learning rate, so that it may be stopped at any moment;
 - `stock`: the Hugging Face diffusion course's U-Net for MNIST in a plain loop: DDPMScheduler, AdamW, float32;
-- `tuned`: the same method, as well tuned as ours: compiled, channels_last, bfloat16, a higher learning rate, average;
-- `our_recipe`: `examples/train.py` on the course's U-Net, to tell what the recipe brings from what the network brings.
+- `tuned`: the same, as well tuned as ours: compiled, channels_last, bfloat16, Muon, our timesteps, EMA;
+- `our_recipe`: our `Trainer` with the course's U-Net, to tell what the recipe brings from what the network brings.
 
-Only training counts as time, not the scoring. Afterwards each samples with more and more DDIM steps. A figure shows
-both.
+Only training counts as time, not the scoring. Afterwards each samples in more and more steps, each time by the sampler
+that is best at that number of steps. A figure shows both.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -22,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import PEER_UNET, Contender, Course, TrainScript
+from contenders import PEER_UNET, Contender, Course, Ours
 from diffusers import UNet2DModel
-from quality import Quality
+from quality import Quality, write_json
 
 from mnist_ddpm.cli import provenance
-from mnist_ddpm.data import MNIST, decode_images, load_split
+from mnist_ddpm.data import load_mnist
 
 ROOT = Path(__file__).resolve().parent.parent
-ANYTIME = ["--lr_scheduler", "constant_with_warmup", "--max_train_steps", "10000000"]
+ANYTIME = {"lr_scheduler": "constant_with_warmup", "max_train_steps": 10_000_000}
+SAMPLERS = ("ddpm", "ddim", "dpmsolver_multistep")
 NAMES = ("ours", "stock", "tuned", "our_recipe")
 
 
@@ -52,6 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--peer_sampling_steps", nargs="*", type=int, default=[5, 10, 20, 50], help="for the slow ones"
     )
+    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS), help="to choose from")
     parser.add_argument("--sampling_contenders", nargs="*", choices=NAMES, help="of those: the ones that sample (all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "time_to_quality.json")
@@ -71,14 +72,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def make(name: str, args: argparse.Namespace, device: str, folder: Path) -> Contender:
     """A contender that has not begun yet."""
-    flags = [*ANYTIME, "--seed", str(args.seed)]
+    options: dict[str, Any] = ANYTIME | {"seed": args.seed}
     match name:
         case "ours":
-            return TrainScript(flags, folder / name)
+            return Ours(folder / name, **options)
         case "our_recipe":
             UNet2DModel(**PEER_UNET).save_config(folder / "unet")
-            return TrainScript([*flags, "--model_config_name_or_path", str(folder / "unet")], folder / name)
-    images = decode_images(load_split(MNIST, split="train"))
+            return Ours(folder / name, model_config_name_or_path=str(folder / "unet"), **options)
+    images = load_mnist("train")
     if name == "stock":
         return Course(images, device, tuned=False, learning_rate=4e-4, seed=args.seed)
     return Course(images, device, tuned=True, learning_rate=1e-3, compiled=True, bf16=True, seed=args.seed)
@@ -168,22 +169,23 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                     race.curve.append({"minutes": race.seconds / 60, "steps": race.steps, **scores})
                     result["contenders"][name] = race.result()
                     print(f"{name:>10} {race.seconds / 60:5.1f} min  {race.steps:>6} steps  FID {scores['fid']:.2f}")
-                    write(result, args.output)
+                    write_json(result, args.output)
 
         for name in args.sampling_contenders:
             race = races[name]
             for steps in args.sampling_steps if name == "ours" else args.peer_sampling_steps:
-                scores = quality(race.contender.pipeline(), race.contender.bf16, num_inference_steps=steps)
-                result["sampling"].setdefault(name, []).append({"num_inference_steps": steps, **scores})
-                print(f"{name:>10} {steps:>5} steps  {scores['samples_per_second']:7.1f} /s  FID {scores['fid']:.2f}")
-                write(result, args.output)
+                options = {"bf16": race.contender.bf16, "num_inference_steps": steps}
+                points = [
+                    {"num_inference_steps": steps, "sampler": sampler}
+                    | quality(race.contender.pipeline(sampler), **options)
+                    for sampler in args.samplers
+                ]
+                best = min(points, key=lambda point: point["fid"])
+                result["sampling"].setdefault(name, []).append(best)
+                print("{:>10} {num_inference_steps:>5} steps  {sampler}  FID {fid:.2f}".format(name, **best))
+                write_json(result, args.output)
     draw(result, args.picture)
     return result
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    """Write what there is so far."""
-    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -206,7 +208,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     minutes = sorted({round(point["minutes"], 1) for c in result["contenders"].values() for point in c["curve"]})
     training.set_xticks(minutes, [f"{m:g}" for m in minutes])
     training.minorticks_off()
-    for panel, label in ((training, "minutes of training"), (sampling, "samples per second; at the dots: DDIM steps")):
+    for panel, label in ((training, "minutes of training"), (sampling, "samples per second; at the dots: steps")):
         panel.axhline(result["floor"]["fid"], color="gray", linestyle="--", label="real images")
         panel.set(xlabel=label)
         panel.grid(which="both", alpha=0.3)

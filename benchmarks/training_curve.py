@@ -30,7 +30,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Read `train_log.jsonl` and TensorBoard's events, and write the summary."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    losses = [json.loads(line)["loss"] for line in (args.run / "train_log.jsonl").read_text().splitlines()]
+    log = (args.run / "train_log.jsonl").read_text(encoding="utf-8")
+    losses = [json.loads(line)["loss"] for line in log.splitlines()]
     windows = [losses[i : i + args.window] for i in range(0, len(losses), args.window)]
     events = EventAccumulator(str(args.run / "logs" / "train"), size_guidance={"scalars": 0}).Reload()
     rates = events.Scalars("images_per_second")
@@ -47,7 +48,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         },
         "versions": origin["versions"],
     }
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 

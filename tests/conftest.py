@@ -21,3 +21,12 @@ def hub():
     HUB.reset()
     yield HUB
     assert not HUB.unknown, "huggingface_hub asked for what the loopback Hub does not know"
+
+
+def pytest_runtest_setup(item):
+    """Skip tests that are marked `gpu` where there is none."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")

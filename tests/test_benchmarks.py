@@ -1,37 +1,84 @@
-"""The benchmarks: what they ask of the scripts is understood. To run them takes hours."""
+"""The benchmarks: what they ask of training is understood, and they write what they say. To run them takes hours."""
+
+import json
 
 import likelihood
 import pytest
 import recipes
 import time_to_quality
-import train
+import torch
+from contenders import Course
+from quality import loss_over_t
+from tiny_training import UNET
 
-from mnist_ddpm import MNISTUNet2DModel
+from mnist_ddpm import MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
+from mnist_ddpm.training import TrainingArguments
+
+
+def changed(arguments):
+    """The names of arguments that differ from their defaults."""
+    given, default = vars(TrainingArguments(**arguments)), vars(TrainingArguments())
+    return {name for name in given if given[name] != default[name]}
 
 
 @pytest.mark.parametrize("change", likelihood.CHANGES)
-def test_choices_for_likelihood_are_flags_of_the_training_script(change, tmp_path):
-    args = train.parse_args(likelihood.flags_of(change, tmp_path))
-    unet = MNISTUNet2DModel.from_config(MNISTUNet2DModel.load_config(args.model_config_name_or_path))
-    default = train.parse_args(["--model_config_name_or_path", str(tmp_path)])
-    nothing_chosen = vars(args).keys() - {"command"} == {
-        name for name in vars(args).keys() - {"command"} if getattr(args, name) == getattr(default, name)
-    }
-    assert nothing_chosen == (change == "none of them")
+def test_choices_for_likelihood_are_arguments_of_training(change, tmp_path):
+    arguments = likelihood.arguments_of(change, tmp_path)
+    unet = MNISTUNet2DModel.from_config(MNISTUNet2DModel.load_config(arguments["model_config_name_or_path"]))
+    assert (changed(arguments) == {"model_config_name_or_path"}) == (change == "none of them")
     assert (unet.config.patch_size == 1) == (change not in ("default U-Net, with Fourier features", "none of them"))
 
 
 @pytest.mark.parametrize("change", recipes.CHANGES)
-def test_recipes_are_flags_and_networks_that_differ_from_the_default(change):
-    flags, unet_config = recipes.CHANGES[change]
-    args, default = vars(train.parse_args(flags)), vars(train.parse_args([]))
-    changed = {name for name in args.keys() - {"command"} if args[name] != default[name]}
-    assert len(changed) == len(flags) / 2 or flags == ["--no-use_ema"]
+def test_recipes_are_arguments_and_networks_that_differ_from_the_default(change):
+    arguments, unet_config = recipes.CHANGES[change]
+    assert changed(arguments) == arguments.keys()
     same_network = MNISTUNet2DModel(**unet_config).config == MNISTUNet2DModel().config
-    assert (not changed and same_network) == (change == "none")
+    assert (not arguments and same_network) == (change == "none")
 
 
 def test_only_those_that_train_can_sample(capsys):
     with pytest.raises(SystemExit):
         time_to_quality.parse_args(["--contenders", "ours", "stock", "--sampling_contenders", "ours", "tuned"])
-    assert "--sampling_contenders: some of ['ours', 'stock'], got ['ours', 'tuned']" in capsys.readouterr().err
+    assert "--sampling_contenders" in capsys.readouterr().err
+
+
+def test_error_over_t_of_a_network_that_predicts_nothing_is_the_power_of_v():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8)
+    unet = MNISTUNet2DModel(sample_size=8, **UNET)
+    for weight in unet.parameters():
+        torch.nn.init.zeros_(weight)
+    scheduler = MNISTDDPMScheduler(prediction_type="v_prediction")
+    timesteps = torch.tensor([0, 500, 999])
+    errors = loss_over_t(MNISTDDPMPipeline(unet=unet, scheduler=scheduler), images, timesteps)
+    # v = sqrt(alpha_bar) z - sqrt(1 - alpha_bar) x_0
+    alpha_bar = scheduler.alphas_cumprod[timesteps].float()
+    power = alpha_bar + (1 - alpha_bar) * (images / 127.5 - 1).square().mean()
+    torch.testing.assert_close(errors, power, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.slow
+def test_the_course_trains_and_samples_by_its_own_schedulers(tuned):
+    course = Course(torch.zeros(8, 1, 28, 28, dtype=torch.uint8), "cpu", tuned, learning_rate=1e-3, batch_size=2)
+    before = [weight.clone() for weight in course.unet.parameters()]
+    for _ in range(2):
+        course.step()
+    assert all((a != b).any() for a, b in zip(before, course.unet.parameters(), strict=True))
+    for sampler in time_to_quality.SAMPLERS:
+        pipe = course.pipeline(sampler)
+        assert type(pipe.scheduler).__module__.startswith("diffusers.")
+        assert pipe(1, num_inference_steps=2, output_type="pt").images.isfinite().all()
+
+
+@pytest.mark.slow
+def test_a_recipe_is_written_and_kept(tmp_path):
+    output = tmp_path / "recipes.json"
+    argv = "--changes none --images 128 --num_images 20 --num_inference_steps 2 --num_test_images 2"
+    argv = [*argv.split(), "--output", str(output)]
+    first = recipes.main(recipes.parse_args(argv))
+    assert first["recipes"]["none"]["steps"] == 2
+    assert len(first["recipes"]["none"]["error_by_tenth_of_t"]) == 10
+    again = recipes.main(recipes.parse_args(argv))
+    assert again["recipes"] == first["recipes"] == json.loads(output.read_text(encoding="utf-8"))["recipes"]

@@ -1,30 +1,48 @@
-import shlex
+"""The peak memory of sampling and of training, each in a process of its own (its largest resident set)."""
+
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-import memory
 import pytest
 
-MIB = 2**20
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+# a process begins with the resident set of its parent: one that has imported nothing starts each
+MEASURE = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+def peak_memory(*command: object) -> int:
+    """Run a Python script to its end; returns the largest memory that it held, in MiB."""
+    words = [sys.executable, "-c", MEASURE, sys.executable, *map(str, command)]
+    shell = ["sh", "-c", '"$@" && true', "sh", *words]  # which hands on nothing of what this process holds
+    lines = subprocess.run(shell, check=True, capture_output=True, text=True).stdout.splitlines()
+    return int(lines[-1]) >> (20 if sys.platform == "darwin" else 10)
+
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs getrusage")
 
 
 def test_peak_is_that_of_the_process():
-    code = f"import memory; print(memory.peak_memory(['-c', 'held = bytearray({300 * MIB}); del held']))"
-    # by way of a shell, which begins with what this process holds and hands nothing of it on
-    command = f"{shlex.join([sys.executable, '-c', code])} && true"
-    folder = Path(memory.__file__).parent
-    run = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, check=True)
-    assert 300 < int(run.stdout) / MIB < 350
+    assert 300 < peak_memory("-c", f"held = bytearray({300 * 2**20}); del held") < 350
 
 
-def test_a_process_that_fails_is_an_error():
-    with pytest.raises(RuntimeError, match="failed with status 3"):
-        memory.peak_memory(["-c", "import sys; sys.exit(3)"])
+@pytest.mark.slow
+def test_many_samples_take_no_more_memory_than_few(tmp_path):
+    peaks = []
+    for num_images in (256, 4096):
+        folder = tmp_path / str(num_images)
+        flags = ["--num_images", num_images, "--num_inference_steps", 1, "--output_dir", folder]
+        peaks.append(peak_memory(EXAMPLES / "sample.py", *flags))
+        assert sum(entry.name.endswith(".png") for entry in os.scandir(folder)) == num_images
+    assert peaks[1] < 1.1 * peaks[0], "MiB"
 
 
-def test_a_peak_that_is_the_parents_is_an_error():
-    held = bytearray(100 * MIB)
-    with pytest.raises(RuntimeError, match="begins with what its parent holds"):
-        memory.peak_memory(["-c", "pass"])
-    del held
+@pytest.mark.slow
+def test_training_takes_less_than_a_gibibyte(tmp_path):
+    flags = ["--max_train_steps", 20, "--ddpm_num_inference_steps", 2, "--logger", "none", "--no-compile"]
+    assert peak_memory(EXAMPLES / "train.py", *flags, "--output_dir", tmp_path / "run") < 1024

@@ -296,7 +296,7 @@ def test_compiles_to_one_graph_without_recompiling(scheduler):
             close(compiled(x, t, z), step(x, t, z), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("scheduler", [MNISTDDPMScheduler(), MNISTDDIMScheduler()])
 def test_a_loop_on_a_gpu_never_waits_for_it(scheduler):
     scheduler.set_timesteps(10, device="cuda")

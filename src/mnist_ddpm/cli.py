@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("mnist-ddpm", "torch", "diffusers", "transformers", "torchmetrics")
+from mnist_ddpm import __version__
+
+PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics")
 
 
 def provenance(args: argparse.Namespace) -> dict[str, Any]:
@@ -23,7 +25,7 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "command": shlex.join(args.command),
         "seed": args.seed,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {"mnist-ddpm": __version__} | {name: version(name) for name in PACKAGES},
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} x {_cpu_name()}",
     }
 

@@ -1,34 +1,27 @@
-"""Make the pictures of `theory.md` from the package's own model, its training's log, and MNIST.
-
-python docs/figures.py
-"""
+"""Make the pictures of `docs/theory.md` from the package's own model, its training's log, and MNIST."""
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import pt_to_pil
 from PIL import Image
+from sampling_noise import ROWS
+
+from mnist_ddpm import PRETRAINED, MNISTDDPMPipeline, MNISTDDPMScheduler
+from mnist_ddpm.data import load_mnist
+from mnist_ddpm.images import image_grid
+from mnist_ddpm.sampling import sample, sample_trajectory
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from sampling_noise import ROWS  # noqa: E402
-
-from mnist_ddpm import PRETRAINED, MNISTDDPMPipeline, MNISTDDPMScheduler  # noqa: E402
-from mnist_ddpm.data import MNIST, decode_images, load_split  # noqa: E402
-from mnist_ddpm.images import image_grid  # noqa: E402
-from mnist_ddpm.sampling import sample, sample_trajectory  # noqa: E402
-
 COLUMNS = 12
 
 
 def forward_picture() -> Image.Image:
     """Two test images on their way to noise: rows 1 and 3 by linear betas, rows 2 and 4 by cosine betas."""
-    x_0 = decode_images(load_split(MNIST, split="test[:2]")).float() / 127.5 - 1
+    x_0 = load_mnist("test[:2]").float() / 127.5 - 1
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
     timesteps = torch.linspace(0, 999, COLUMNS).long()
     rows = []
@@ -70,7 +63,7 @@ def curve_picture(path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    training = json.loads((ROOT / "benchmarks" / "results" / "training.json").read_text())["training"]
+    training = json.loads((ROOT / "benchmarks" / "results" / "training.json").read_text(encoding="utf-8"))["training"]
     window, loss = training["loss_window"], training["loss"]
     figure, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
     axes.plot([window * (i + 1) for i in range(len(loss))], loss)
