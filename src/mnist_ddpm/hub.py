@@ -277,7 +277,7 @@ def write_card(
     if (Path(folder) / PICTURE_FILE).is_file():
         card.text = card.text.replace("## Use", f"![Samples]({PICTURE_FILE})\n\n## Use", 1)
     card.text = "\n\n".join([card.text.rstrip(), *sections]) + "\n"
-    (Path(folder) / CARD_FILE).write_text(str(card), encoding="utf-8")
+    _write_card(folder, card)
 
 
 def add_scores(folder: str | os.PathLike[str], scores: Mapping[str, Any], *, command: str = "") -> None:
@@ -301,7 +301,12 @@ def add_scores(folder: str | os.PathLike[str], scores: Mapping[str, Any], *, com
         sections.append(f"```bash\n{shlex.join(_public_words(shlex.split(command)))}\n```")
     above, *_ = card.text.partition(EVALUATION.splitlines()[0])
     card.text = "\n\n".join([above.rstrip(), *sections]) + "\n"
-    (Path(folder) / CARD_FILE).write_text(str(card), encoding="utf-8")
+    _write_card(folder, card)
+
+
+def _write_card(folder: str | os.PathLike[str], card: ModelCard) -> None:
+    """Write a card; names that are not valid Unicode, as files may have, are escaped."""
+    (Path(folder) / CARD_FILE).write_bytes(str(card).encode("utf-8", "backslashreplace"))
 
 
 def _read_card(folder: str | os.PathLike[str]) -> str:

@@ -58,14 +58,14 @@ class VariationalBound:
         alpha_bar = scheduler.alphas_cumprod.numpy(force=True)
         self.last_alpha_bar = float(alpha_bar[self.timesteps[-1]])
         if scheduler.config["prediction_type"] == "epsilon":
-            check_signal(torch.tensor(self.last_alpha_bar))
+            check_signal(scheduler.alphas_cumprod[self.timesteps[-1]])
         self.learned = scheduler.config["variance_type"] == "learned_range"
         self._unclipped = scheduler
         if scheduler.config["clip_sample"] or scheduler.config["thresholding"]:
             config = dict(scheduler.config)
             self._unclipped = MNISTDDPMScheduler.from_config(config, clip_sample=False, thresholding=False)
 
-        previous = scheduler.previous_timestep(torch.arange(len(scheduler))).numpy()
+        previous = scheduler.previous_timestep(torch.arange(len(scheduler), device="cpu")).numpy()
         decoder = previous < 0
         alpha_bar_prev = np.where(decoder, 1.0, alpha_bar[previous])
         beta = 1 - alpha_bar / alpha_bar_prev
@@ -148,7 +148,7 @@ class VariationalBound:
         """
         decoder, *others = self.timesteps.tolist()
         mismatch = self.log_beta_ratio[others] if self.scheduler.simple_var else np.zeros(1)
-        log_variance = torch.tensor([self._rows.log_posterior_variance[decoder]], dtype=torch.float64)
+        log_variance = torch.tensor([self._rows.log_posterior_variance[decoder]], dtype=torch.float64, device="cpu")
         log_variance = torch.cat([log_variance, log_variance + self.log_beta_ratio[decoder]])
         black = -torch.ones_like(log_variance)
         background = -discretized_gaussian_log_likelihood(black, black, log_variance) / LN_2
@@ -209,7 +209,7 @@ def log_snr_betas(num_train_timesteps: int, log_snr_max: float, log_snr_min: flo
     second_beta = 1 / (1 + (3 / HALF_BIN) ** 2 - 1 / first_beta)
     second_alpha_bar = (1 - first_beta) * (1 - second_beta)
     second_log_snr = math.log(second_alpha_bar / (1 - second_alpha_bar))
-    log_snr = torch.linspace(second_log_snr, log_snr_min, num_train_timesteps - 1, dtype=torch.float64)
+    log_snr = torch.linspace(second_log_snr, log_snr_min, num_train_timesteps - 1, dtype=torch.float64, device="cpu")
     log_alpha_bar = torch.nn.functional.logsigmoid(torch.cat([log_snr.new_tensor([log_snr_max]), log_snr]))
     return -torch.expm1(log_alpha_bar.diff(prepend=log_alpha_bar.new_zeros(1)))  # 1 - alpha_bar_t / alpha_bar_{t-1}
 

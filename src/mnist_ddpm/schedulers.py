@@ -211,7 +211,12 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep a config that may be written to, where diffusers or a pipeline replaces it as a whole."""
-        super().__setattr__(name, LiveConfig(value) if name == "_internal_dict" else value)
+        if name == "_internal_dict":
+            live = LiveConfig(self._internal_dict if "betas" in self.__dict__ else value)
+            for key in value:
+                live[key] = value[key]  # refuses other betas
+            value = live
+        super().__setattr__(name, value)
 
     def _option(self, name: str) -> str:
         """A choice of the config, looked up when it is needed, as the config may be written to."""
@@ -475,6 +480,8 @@ class LiveConfig(FrozenDict):
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Write both, unless the betas were made from the value that is there."""
+        if name == "simple_var":
+            name, value = "variance_type", "fixed_large" if value else "fixed_small"
         of_betas = "beta" in name or name in ("num_train_timesteps", "set_alpha_to_one")
         current = self.get(name, value)
         if of_betas and current is not value and not np.array_equal(current, value):
@@ -483,8 +490,10 @@ class LiveConfig(FrozenDict):
         self.__dict__[name] = value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Write both; what is no item is an attribute alone."""
-        (self.__setitem__ if name in self else super().__setattr__)(name, value)
+        """Write both; what diffusers keeps beside the items begins with an underscore."""
+        if name not in (*self, "simple_var") and not name.startswith("_"):
+            raise AttributeError(f"config must have a key {name}, got {', '.join(self)}.")
+        (super().__setattr__ if name.startswith("_") else self.__setitem__)(name, value)
 
 
 def canonical(config: dict[str, Any]) -> dict[str, Any]:

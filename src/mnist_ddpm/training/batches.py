@@ -159,7 +159,7 @@ def timestep_probabilities(args: TrainingArguments) -> torch.Tensor:
 
 def uniform_probabilities(num_train_timesteps: int) -> torch.Tensor:
     """The same p(t) for each timestep, float64 `(T,)` (DDPM, Algorithm 1)."""
-    return torch.full((num_train_timesteps,), 1 / num_train_timesteps, dtype=torch.float64)
+    return torch.full((num_train_timesteps,), 1 / num_train_timesteps, dtype=torch.float64, device="cpu")
 
 
 def logit_normal_probabilities(
@@ -170,7 +170,7 @@ def logit_normal_probabilities(
     Most of the training goes to the middle, where the error is hardest to reduce. Timesteps near 0 and T are hardly
     ever drawn: `uniform_share` of the draws are uniform instead.
     """
-    borders = torch.linspace(0, 1, num_train_timesteps + 1, dtype=torch.float64)
+    borders = torch.linspace(0, 1, num_train_timesteps + 1, dtype=torch.float64, device="cpu")
     logit_normal: torch.Tensor = torch.special.ndtr((torch.logit(borders) - mean) / std).diff()
     return (1 - uniform_share) * logit_normal + uniform_share * uniform_probabilities(num_train_timesteps)
 

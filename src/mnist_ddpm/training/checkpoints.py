@@ -182,6 +182,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
+def checkpoint_path(requested: str, output_dir: Path) -> Path:
+    """The folder of a checkpoint: a path, or its name in the output folder, as in the scripts of diffusers."""
+    path = Path(requested)
+    return path if path.exists() or path.name != requested else output_dir / requested
+
+
 def find_checkpoint(requested: str, output_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to resume from, and its manifest.
 
@@ -193,7 +199,8 @@ def find_checkpoint(requested: str, output_dir: Path) -> tuple[Path, dict[str, A
         DamagedCheckpointError: it is missing or damaged; for `"latest"`, all are.
     """
     if requested != "latest":
-        return Path(requested), read_manifest(Path(requested))
+        checkpoint = checkpoint_path(requested, output_dir)
+        return checkpoint, read_manifest(checkpoint)
 
     last_logged = max(_logged_lines(output_dir / LOG), default=0)
     checkpoints = list_checkpoints(output_dir)

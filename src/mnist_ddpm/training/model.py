@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from diffusers import ModelMixin, UNet2DModel
 
-from mnist_ddpm import MNISTUNet2DModel
+from mnist_ddpm import MNISTDDPMScheduler, MNISTUNet2DModel
 from mnist_ddpm.training.arguments import TrainingArguments, require
 
+logger = get_logger(__name__, log_level="INFO")
 UNETS = {"MNISTUNet2DModel": MNISTUNet2DModel, "UNet2DModel": UNet2DModel}
 
 
@@ -58,7 +60,9 @@ def make_unet(
     config = config | {"num_class_embeds": num_classes}
     reason = ""
     try:
-        unet = UNETS[config["_class_name"]].from_config(open_choices | config)
+        unet = UNETS[config["_class_name"]].from_config(
+            open_choices | {k: v for k, v in config.items() if v is not None}
+        )
         with torch.no_grad():  # one image shows whether the levels can halve this size
             output = unet.eval()(torch.zeros(1, *shape), 0).sample
         if unet.config.sample_size not in (size, (height, width), [height, width]):
@@ -66,15 +70,17 @@ def make_unet(
         elif len(output[0]) != out_channels:
             reason = f"It returns {len(output[0])} channels."
     except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = f"Its levels may not be able to halve this size: {str(error).splitlines()[0]}"
+    argument = "init_from" if args.init_from else "model_config_name_or_path"
     require(
         not reason,
-        f"model_config_name_or_path must be a U-Net that makes {out_channels} channels of images of shape {shape}",
-        args.model_config_name_or_path,
+        f"{argument} must be a U-Net that makes {out_channels} channels of images of shape {shape}",
+        getattr(args, argument),
         f"{reason} Change --resolution, --channels or the config.",
     )
     if args.init_from:
         _load_weights(unet, args.init_from)
+        _warn_of_another_process(args)
     return unet.train()
 
 
@@ -94,6 +100,20 @@ def _load_weights(unet: torch.nn.Module, source: str) -> None:
         f"These differ: {', '.join(differing[:3])}. Without --model_config_name_or_path, its own config is taken.",
     )
     unet.load_state_dict(saved, strict=False)
+
+
+def _warn_of_another_process(args: TrainingArguments) -> None:
+    """Say where the saved weights were trained for another prediction type or noise schedule."""
+    try:
+        saved = MNISTDDPMScheduler.from_pretrained(args.init_from, subfolder="scheduler").config
+    except OSError:  # a U-Net by itself
+        return
+    flags: dict[str, Any] = {"prediction_type": args.prediction_type, "num_train_timesteps": args.ddpm_num_steps}
+    if args.ddpm_log_snr is None:
+        flags["beta_schedule"] = args.ddpm_beta_schedule.replace("cosine", "squaredcos_cap_v2")
+    for name, value in flags.items():
+        if saved[name] != value:
+            logger.warning(f"{args.init_from} was trained with {name} {saved[name]!r}, this run has {value!r}")
 
 
 def _of_unet_or_pipeline(argument: str, source: str, load: Callable[..., Any]) -> Any:

@@ -21,6 +21,7 @@ from mnist_ddpm.training.checkpoints import (
     TrainLog,
     atomic_write,
     check_output_dir,
+    checkpoint_path,
     cut_back,
     explain_write_errors,
     grid_path,
@@ -58,7 +59,9 @@ class Outputs:
         if not self.is_main:
             return
         resumes = args.resume_from_checkpoint
-        resumes_here = resumes == "latest" or (resumes and Path(resumes).resolve().parent == folder.resolve())
+        resumes_here = resumes == "latest" or (
+            resumes and checkpoint_path(resumes, folder).resolve().parent == folder.resolve()
+        )
         check_output_dir(folder, earlier_run_expected=bool(args.overwrite_output_dir or resumes_here))
         if args.push_to_hub:
             name = args.hub_model_id or folder.resolve().name
