@@ -524,3 +524,20 @@ def test_arguments_that_do_not_fit_are_refused(scheduler_class):
     for name, call in cases:
         with pytest.raises((ValueError, TypeError, IndexError, RuntimeError), match=name):
             call()
+
+
+@pytest.mark.parametrize("scheduler_class", [MNISTDDPMScheduler, MNISTDDIMScheduler])
+def test_writes_that_the_betas_or_no_key_could_follow_are_refused(scheduler_class):
+    scheduler = scheduler_class()
+    with pytest.raises(ValueError, match="beta_schedule"):
+        scheduler.register_to_config(beta_schedule="squaredcos_cap_v2")
+    with pytest.raises(AttributeError, match="predicton_type"):
+        scheduler.config.predicton_type = "sample"
+    for write in (
+        lambda: setattr(scheduler.config, "simple_var", True),
+        lambda: scheduler.register_to_config(simple_var=True),
+    ):
+        scheduler.config.simple_var = False
+        assert scheduler.config.variance_type == scheduler.config["variance_type"] == "fixed_small"
+        write()
+        assert scheduler.simple_var

@@ -190,9 +190,8 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
         rows = table.index_select(0, t.reshape(-1)).to(sample.device, non_blocking=sample.is_cuda)
         return Row(*rows.view(len(rows), *[1] * (sample.ndim - 1), -1).unbind(-1))
 
-    order = 1
     num_inference_steps: int | None = None
-    init_noise_sigma = 1.0
+    order, init_noise_sigma = 1, 1.0
     ignore_for_config = ["simple_var"]  # noqa: RUF012
     _compatibles = ["MNISTDDPMScheduler", "MNISTDDIMScheduler", *(s.name for s in KarrasDiffusionSchedulers)]  # noqa: RUF012
 
