@@ -484,7 +484,7 @@ def test_missing_folder_is_named_without_asking_the_hub(name, cache_dir, monkeyp
 
 def test_neither_folder_nor_data_set_on_the_hub_fails_at_once(hub, cache_dir, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", None)  # which would try for long
-    one_line("data/typo", cache_dir)
+    assert "no such folder" in one_line("data/typo", cache_dir)
     with hub.refusing_connections():
         one_line("data/typo", cache_dir)
         one_line("my data/typo", cache_dir)

@@ -149,6 +149,12 @@ MNISTDDPMPipeline.from_pretrained(sys.argv[1])
     assert "| image_column | \u56fe |" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
+def test_card_escapes_names_that_are_not_unicode(tmp_path, pipe):
+    pipe.save_pretrained(tmp_path)
+    write_card(tmp_path, command=["python", "train.py", "--output_dir", "\udce9t\udce9"])
+    assert "\\udce9t" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
 def test_card_tells_of_the_training_and_neither_of_tokens_nor_of_folders(hub, tmp_path, pipe):
     secret = "hf_" + "x" * 34
     pipe.save_pretrained(tmp_path)

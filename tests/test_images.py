@@ -77,7 +77,7 @@ def test_other_files_are_rejected(tmp_path, images):
     np.savez(tmp_path / "many.npz", images=images)
     np.save(tmp_path / "pickled.npy", images.astype(object))
     for name in ("text.npy", "many.npz", "pickled.npy"):
-        with pytest.raises(ValueError, match=r"samples|pickle"):
+        with pytest.raises(ValueError, match="samples"):
             read_samples(tmp_path / name)
     with pytest.raises(ValueError, match="samples must be 13 or more"):
         read_samples(save(tmp_path, images), num_images=13)

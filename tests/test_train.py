@@ -379,6 +379,23 @@ def test_a_run_starts_from_saved_weights(run, workplace, tmp_path, saved, config
     assert f"weights from {source / saved}" in caplog.text
 
 
+def test_weights_of_another_process_are_named(run, tmp_path, caplog):
+    source = run(output_dir=tmp_path / "source")
+    run("--init_from", source)
+    assert "was trained with" not in caplog.text
+    run(
+        "--init_from",
+        source,
+        "--prediction_type",
+        "epsilon",
+        "--ddpm_beta_schedule",
+        "linear",
+        output_dir=tmp_path / "x",
+    )
+    assert "was trained with prediction_type 'v_prediction', this run has 'epsilon'" in caplog.text
+    assert "was trained with beta_schedule 'squaredcos_cap_v2', this run has 'linear'" in caplog.text
+
+
 def test_weights_of_another_unet_are_named(run, tmp_path):
     MNISTUNet2DModel(sample_size=8, **UNET | {"layers_per_block": 2}).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"init_from must .* Without --model_config_name_or_path"):
@@ -452,6 +469,12 @@ def test_resumed_run_ends_bit_identical(run, tmp_path, optimizer):
     assert content(resumed / "checkpoint-6") == content(whole / "checkpoint-6")
     assert equal(saved_weights(resumed), saved_weights(whole))
     assert (resumed / "samples.png").read_bytes() == (whole / "samples.png").read_bytes()
+
+
+def test_a_checkpoint_may_be_named_as_in_the_scripts_of_diffusers(run):
+    whole = run("--checkpointing_steps", 3)
+    end = content(whole / "checkpoint-6")
+    assert content(run("--resume_from_checkpoint", "checkpoint-3") / "checkpoint-6") == end
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -85,8 +85,8 @@ def load_split(
         return datasets.load_dataset(path.as_posix(), config_name, split=split, cache_dir=cache_dir)
     except Exception as error:  # of datasets, the formats that it reads, and the HTTP library of huggingface_hub
         reason = " ".join(str(error.__cause__ or error).split())
-        if not path.exists():
-            reason = f"There is no such folder or file, and on the Hub: {reason}"
+        if not path.exists() and not isinstance(error, FileNotFoundError):
+            reason = f"There is no such folder, and on the Hub: {reason}"
         if set(str(path)) & set("[]*?"):
             reason += " Rename the folder: `datasets` takes [, ], * and ? in a path as a pattern."
         raise ValueError(
