@@ -1,16 +1,16 @@
 """The U-Net that a run trains: new or from saved weights, and fitting the images."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from diffusers import ModelMixin, UNet2DModel
 
 from mnist_ddpm import MNISTDDPMScheduler, MNISTUNet2DModel
 from mnist_ddpm.training.arguments import TrainingArguments, require
 
-logger = get_logger(__name__, log_level="INFO")
+logger = logging.getLogger(__name__)
 UNETS = {"MNISTUNet2DModel": MNISTUNet2DModel, "UNet2DModel": UNet2DModel}
 
 

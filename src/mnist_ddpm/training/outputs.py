@@ -1,5 +1,6 @@
 """What a run writes: images, pipelines, checkpoints, its log, and what goes to trackers and to the Hub."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from PIL import Image
 
 from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline
@@ -36,7 +36,7 @@ from mnist_ddpm.training.checkpoints import (
     write_manifest,
 )
 
-logger = get_logger(__name__, log_level="INFO")
+logger = logging.getLogger(__name__)
 
 
 class Outputs:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -34,7 +33,7 @@ from mnist_ddpm.training.outputs import Outputs
 
 REPORT_STEPS = 10  # steps from one look at the losses to the next; a look waits for the device
 
-logger = get_logger(__name__, log_level="INFO")
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -59,6 +58,8 @@ class Trainer:
         self.args = args
         self.output_dir = Path(args.output_dir)
         self.accelerator = accelerator = make_accelerator(args)
+        level = logging.INFO if accelerator.is_main_process else logging.ERROR
+        logging.getLogger("mnist_ddpm.training").setLevel(level)
         self.outputs = Outputs(args, accelerator)
         threads = set_cpu_threads()
         set_seed(args.seed)
