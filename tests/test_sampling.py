@@ -81,16 +81,6 @@ def test_ddim_does_not_clip_what_v_prediction_predicts(prediction_type, clips):
     assert make_scheduler("ddpm", config).config.clip_sample
 
 
-def test_clipping_makes_black_pixels_gray():
-    """The packaged weights, 8 images in 20 steps: the reason why `make_scheduler` turns clipping off."""
-    pipe = load_pipeline(device="cpu")
-    black = {}
-    for clip in (False, True):
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=clip)
-        black[clip] = float((sample_tensor(pipe, 8, num_inference_steps=20) == 0).double().mean())
-    assert black[False] > black[True] + 0.2
-
-
 def test_heun_takes_small_steps_at_high_noise():
     scheduler = make_scheduler("heun", MNISTDDPMScheduler(beta_schedule="squaredcos_cap_v2").config)
     scheduler.set_timesteps(10)
