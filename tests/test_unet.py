@@ -125,9 +125,11 @@ def test_fourier_features_put_neighboring_gray_values_on_opposite_sides():
     assert (points[:, 1:] - points[:, :-1]).norm(dim=0).min() > 1.9
 
 
-@pytest.mark.parametrize("channels", [(8, 16), (24, 40)])
-def test_any_channels_fit_the_default_heads(channels):
-    unet = MNISTUNet2DModel(sample_size=8, block_out_channels=channels, down_block_types=["AttnDownBlock2D"] * 2)
+@pytest.mark.parametrize("channels", [(8, 16), (24, 40), (30, 60), (4,), (8, 16, 32)])
+def test_any_channels_fit_the_defaults(channels):
+    MNISTUNet2DModel(sample_size=8, block_out_channels=channels)(images(2, 1, 8, 8), 3)
+    kinds = ["AttnDownBlock2D"] * len(channels)
+    unet = MNISTUNet2DModel(sample_size=8, block_out_channels=channels, down_block_types=kinds)
     assert {m.heads for m in unet.modules() if isinstance(m, SelfAttention)} == {1}
 
 

@@ -183,11 +183,11 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         out_channels: channels of the prediction; twice `in_channels` for schedulers with a learned variance.
         patch_size: side in pixels of the squares that become one position each.
         block_out_channels: channels of each level, the first of them even. Each level halves the resolution.
-        down_block_types: for each level `"DownBlock2D"`, or `"AttnDownBlock2D"` for one with attention.
+        down_block_types: for each level `"DownBlock2D"` (the default), or `"AttnDownBlock2D"` for one with attention.
         layers_per_block: residual blocks of a level on the way down, and again on the way up.
         attention_head_dim: channels of an attention head. By default there is one head.
         dropout: probability, in [0, 1), within the residual blocks.
-        norm_num_groups: groups of the group norms; divides each of `block_out_channels`.
+        norm_num_groups: groups of the group norms; divides `block_out_channels`. By default 8 or less.
         norm_eps: epsilon of the group norms.
         fourier_frequencies: integers n; `sin(2^n pi x)` and `cos(2^n pi x)` join the channels of the sample. Empty by
             default; (3, 4, 5, 6, 7) for likelihood.
@@ -216,24 +216,25 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         out_channels: int = 1,
         patch_size: int = 2,
         block_out_channels: tuple[int, ...] = (64, 128),
-        down_block_types: tuple[str, ...] = ("DownBlock2D", "DownBlock2D"),
+        down_block_types: tuple[str, ...] | None = None,
         layers_per_block: int = 1,
         attention_head_dim: int | None = None,
         dropout: float = 0.0,
-        norm_num_groups: int = 8,
+        norm_num_groups: int | None = None,
         norm_eps: float = 1e-5,
         fourier_frequencies: tuple[int, ...] = (),
         pixel_gain: bool = True,
         num_class_embeds: int | None = None,
     ):
         super().__init__()
-        lists = {name: tuple(value) for name, value in self.config.items() if isinstance(value, list)}
-        self.register_to_config(**lists)  # JSON has no tuples
+        down_block_types = down_block_types or ("DownBlock2D",) * len(block_out_channels)
+        norm_num_groups = norm_num_groups or math.gcd(8, *block_out_channels)
+        config = {**self.config, "down_block_types": down_block_types, "norm_num_groups": norm_num_groups}
+        self.register_to_config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})  # from JSON
         _check_config(self.config)
         self.gradient_checkpointing = False
 
         time_embed_dim = 4 * block_out_channels[0]
-        patch_area = patch_size**2
 
         def stage(channels: int, kind: str) -> Stage:
             head_dim = (attention_head_dim or channels) if kind == "AttnDownBlock2D" else None
@@ -250,7 +251,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         if fourier_frequencies:
             self.fourier_features = FourierFeatures(in_channels, fourier_frequencies, time_embed_dim)
         input_channels = in_channels * (1 + 2 * len(fourier_frequencies))
-        self.conv_in = nn.Conv2d(input_channels * patch_area, block_out_channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(input_channels * patch_size**2, block_out_channels[0], 3, padding=1)
         self.down_blocks = by_level(stage)
         steps = list(pairwise(block_out_channels))  # from each level to the next
         self.downsamplers = nn.ModuleList(nn.Conv2d(fine, coarse, 3, stride=2, padding=1) for fine, coarse in steps)
@@ -259,7 +260,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         self.up_blocks = by_level(stage)
         self.upsamplers = nn.ModuleList(nn.Conv2d(coarse, fine, 3, padding=1) for fine, coarse in steps)
         self.norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], norm_eps)
-        self.conv_out = zero_init(nn.Conv2d(block_out_channels[0], out_channels * patch_area, 3, padding=1))
+        self.conv_out = zero_init(nn.Conv2d(block_out_channels[0], out_channels * patch_size**2, 3, padding=1))
         self.sample_gain = zero_init(nn.Linear(time_embed_dim, out_channels * in_channels))
         if pixel_gain:
             gained = min(in_channels, out_channels)
@@ -306,10 +307,8 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             for block in blocks:
                 h = self._run(block, h, emb)
                 skips.append(h)
-
         for block in self.mid_block:
             h = self._run(block, h, emb)
-
         for level in reversed(range(len(self.up_blocks))):
             for join, block in zip(self.skip_joins[level], self.up_blocks[level], strict=True):
                 h = self._run(block, join(torch.cat([h, skips.pop()], dim=1)), emb)
@@ -385,8 +384,9 @@ def _check_sample(sample: torch.Tensor, class_labels: torch.Tensor | int | None,
     """Refuse samples of other channels, sizes that the levels can't halve, and labels that are not of the model."""
     multiple = _size_multiple(config)
     if sample.ndim != 4 or sample.shape[1] != config.in_channels or any(n % multiple for n in sample.shape[2:]):
-        shape = f"(B, {config.in_channels}, H, W) with H and W multiples of {multiple}"
-        raise ValueError(f"sample must be {shape}, got {tuple(sample.shape)}.")
+        raise ValueError(
+            f"sample must be (B, {config.in_channels}, {multiple} n, {multiple} m), got {tuple(sample.shape)}."
+        )
     if class_labels is not None:
         labels, last = torch.as_tensor(class_labels), config.num_class_embeds
         on_host = labels.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a look would wait
