@@ -455,3 +455,14 @@ def test_what_would_be_silently_wrong_is_refused():
     for ends in ((-5.0, 9.0), (math.nan, -5.0)):
         with pytest.raises(ValueError, match="betas"):
             scheduler(trained_betas=log_snr_betas(100, *ends).tolist())
+
+
+def test_tables_do_not_depend_on_the_default_device():
+    torch.set_default_device("meta")
+    try:
+        cost = VariationalBound(MNISTDDPMScheduler()).schedule_cost()
+        betas = log_snr_betas(8, 5, -5)
+    finally:
+        torch.set_default_device(None)
+    assert cost == VariationalBound(MNISTDDPMScheduler()).schedule_cost()
+    assert torch.equal(betas, log_snr_betas(8, 5, -5))
