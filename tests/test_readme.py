@@ -79,7 +79,7 @@ def test_commands_of_the_hub_run(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", WRITER)
     monkeypatch.chdir(tmp_path)
     MNISTDDPMPipeline.from_pretrained(PRETRAINED).save_pretrained("mnist-ddpm")
-    shutil.copy(ROOT / "benchmarks" / "results" / "ddim_50.json", "scores.json")
+    shutil.copy(ROOT / "benchmarks" / "results" / "ddpm_50.json", "scores.json")
     mnist_ddpm.hub.main(push[3:])
     card = ModelCard(hub.files("user/mnist-ddpm")["README.md"].decode())
     fid = json.loads(Path("scores.json").read_text(encoding="utf-8"))["scores"]["fid"]
