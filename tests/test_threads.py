@@ -5,6 +5,7 @@ The callers are held at each step until all of them are there, so that they are 
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import diffusers
 import pytest
@@ -93,7 +94,7 @@ def test_callers_of_one_pipeline_do_not_disturb_each_other(scheduler):
     pipe = pipeline(scheduler())
     alone = [images(pipe, caller) for caller in range(CALLERS)]
     before = torch.get_rng_state()
-    assert_equal(in_threads(lambda caller, **callback: images(pipe, caller, **callback)), alone)
+    assert_equal(in_threads(partial(images, pipe)), alone)
     assert torch.equal(torch.get_rng_state(), before)  # all noise came from the callers' own generators
 
 
@@ -108,34 +109,21 @@ def test_callers_of_one_pipeline_have_their_own_options(scheduler, option):
     assert_equal(in_threads(lambda caller, **callback: images(pipe, caller, **options[caller], **callback)), alone)
 
 
-def test_a_callback_sees_its_own_call():
-    pipe = pipeline(MNISTDDIMScheduler())
-    seen = []
-
-    def see(pipe, caller, i):
-        seen.append((caller, pipe.num_timesteps, len(pipe.scheduler.timesteps)))
-
-    in_threads(lambda caller, **callback: images(pipe, caller, **callback), on_step=see)
-    assert sorted(set(seen)) == [(caller, steps, steps) for caller, steps in enumerate(STEPS)]
-
-
-def test_an_interrupt_ends_its_own_call_alone():
-    pipe = pipeline(MNISTDDIMScheduler())
+def test_an_interrupt_ends_its_own_call_alone_and_a_callback_sees_its_own_call():
+    pipe, seen = pipeline(MNISTDDIMScheduler()), set()
 
     def interrupt_the_first(pipe, caller, i):
+        seen.add((caller, pipe.num_timesteps, len(pipe.scheduler.timesteps)))
         if caller == 0 and i == SHARED_STEPS - 2:
             pipe._interrupt = True
 
     alone = [images(pipe, caller) for caller in range(CALLERS)]
     # callers are held for as many steps as all of them go
-    calls = in_threads(
-        lambda caller, **callback: images(pipe, caller, **callback),
-        steps=SHARED_STEPS - 1,
-        on_step=interrupt_the_first,
-    )
+    calls = in_threads(partial(images, pipe), steps=SHARED_STEPS - 1, on_step=interrupt_the_first)
     assert_equal(calls[1:], alone[1:])
     assert not torch.equal(calls[0], alone[0])
     assert not pipe._interrupt
+    assert seen == {(caller, steps, steps) for caller, steps in enumerate(STEPS)}
 
 
 def test_what_is_swapped_while_calls_run_is_for_the_next_ones():
@@ -149,7 +137,7 @@ def test_what_is_swapped_while_calls_run_is_for_the_next_ones():
             pipe.unet = other.unet
             pipe.set_progress_bar_config(disable=True, desc=f"step {i}")
 
-    assert_equal(in_threads(lambda caller, **callback: images(pipe, caller, **callback), on_step=swap), alone)
+    assert_equal(in_threads(partial(images, pipe), on_step=swap), alone)
     assert_equal([images(pipe, 0)], [images(other, 0)])
 
 
@@ -170,15 +158,11 @@ def test_a_scheduler_that_is_in_use_may_be_copied():
 # A pipeline for each
 
 
-def test_pipelines_that_share_their_components():
-    first = pipeline(diffusers.DPMSolverMultistepScheduler())
-    alone = [images(first, caller) for caller in range(CALLERS)]
-    pipes = [first, *(pipeline(first.scheduler, first.unet) for _ in range(CALLERS - 1))]
-    assert_equal(in_threads(lambda caller, **callback: images(pipes[caller], caller, **callback)), alone)
-
-
-def test_pipelines_with_components_of_their_own():
-    pipes = [pipeline(scheduler(), tiny_unet(seed)) for seed, scheduler in enumerate(SCHEDULERS)]
+@pytest.mark.parametrize("shared", [True, False])
+def test_pipelines_of_shared_or_own_components(shared):
+    scheduler, unet = SCHEDULERS[2](), tiny_unet()
+    own = enumerate(SCHEDULERS)
+    pipes = [pipeline(scheduler, unet) if shared else pipeline(kind(), tiny_unet(seed)) for seed, kind in own]
     alone = [images(pipe, caller) for caller, pipe in enumerate(pipes)]
     assert_equal(in_threads(lambda caller, **callback: images(pipes[caller], caller, **callback)), alone)
 
