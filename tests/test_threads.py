@@ -40,7 +40,10 @@ def tiny_unet(seed=0):
 
 
 def pipeline(scheduler, unet=None):
-    pipe = MNISTDDPMPipeline(unet=unet or tiny_unet(), scheduler=scheduler)
+    return quiet(MNISTDDPMPipeline(unet=unet or tiny_unet(), scheduler=scheduler))
+
+
+def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -172,18 +175,12 @@ def test_pipelines_may_be_loaded_in_threads(tmp_path):
     pipeline(MNISTDDIMScheduler()).save_pretrained(tmp_path)
     all_there = threading.Barrier(CALLERS)
 
-    def load(caller):
+    def load(_):
         all_there.wait(TIMEOUT)
-        return pipeline_of(tmp_path)
+        return MNISTDDPMPipeline.from_pretrained(tmp_path, disable_mmap=True)  # mapped weights differ in the last bits
 
-    alone = images(pipeline_of(tmp_path), caller=0)
     with ThreadPoolExecutor(CALLERS) as pool:
         pipes = list(pool.map(load, range(CALLERS)))
     assert torch.nn.Linear(1, 1).weight.device.type == "cpu"
-    assert_equal([images(pipe, caller=0) for pipe in pipes], [alone] * CALLERS)
-
-
-def pipeline_of(folder):
-    pipe = MNISTDDPMPipeline.from_pretrained(folder, disable_mmap=True)  # mapped weights differ in the last bits
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    alone = MNISTDDPMPipeline.from_pretrained(tmp_path, disable_mmap=True)
+    assert_equal([images(quiet(pipe), caller=0) for pipe in pipes], [images(quiet(alone), caller=0)] * CALLERS)

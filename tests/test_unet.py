@@ -53,21 +53,14 @@ def test_the_prediction_has_the_size_of_the_sample(config, shape):
 
 @pytest.mark.parametrize(
     "timestep",
-    [7, 7.0, torch.tensor(7), torch.tensor([7]), torch.tensor([7, 7, 7]), torch.tensor(7.0, dtype=torch.float64)],
+    [7, 7.0, torch.tensor(7), torch.tensor([7]), torch.tensor([7, 0, 999]), torch.tensor(7.0, dtype=torch.float64)],
     ids=["int", "float", "0-d", "one", "each", "float64"],
 )
-def test_a_timestep_may_come_in_any_form(timestep):
-    unet = tiny_unet()
-    x = images(3, 1, 8, 8)
-    expected = torch.cat([unet(x[i : i + 1], 7).sample for i in range(3)])
+def test_each_image_is_denoised_at_its_own_timestep_in_any_form_and_apart_from_the_others(timestep):
+    unet, x = tiny_unet(), images(3, 1, 8, 8)
+    own = torch.as_tensor(timestep).expand(3).tolist()
+    expected = torch.cat([unet(x[i : i + 1], int(own[i])).sample for i in range(3)])
     torch.testing.assert_close(unet(x, timestep).sample, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_each_image_is_denoised_at_its_own_timestep_and_apart_from_the_others():
-    unet = tiny_unet()
-    x, t = images(3, 1, 8, 8), torch.tensor([0, 500, 999])
-    expected = torch.cat([unet(x[i : i + 1], int(t[i])).sample for i in range(3)])
-    torch.testing.assert_close(unet(x, t).sample, expected, rtol=1e-5, atol=1e-5)
     assert (expected[0] - unet(x[:1], 500).sample).abs().max() > 1e-3
 
 
