@@ -96,16 +96,6 @@ def test_compilation_is_left_out_where_it_does_not_pay_or_fails_unless_asked_for
     assert (compiled is model, found) == (report != "on", report)
 
 
-@pytest.mark.slow
-def test_compiled_model_computes_the_same():
-    model = nn.Linear(3, 2)
-    inputs = torch.randn(4, 3)
-    compiled, report = compile_model(model, True, 1, CPU, lambda model: model(inputs).sum().backward())
-    assert report == "on"
-    assert compiled is not model
-    torch.testing.assert_close(compiled(inputs), model(inputs))
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_of_a_kind_is_noted_and_the_second_obeyed(number):
     obeyed = []

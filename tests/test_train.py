@@ -460,18 +460,6 @@ def test_complete_run_gets_its_pipeline_and_images_in_another_folder_too(run, wh
     assert (copy / "samples.png").read_bytes() == (whole / "samples.png").read_bytes()
 
 
-def test_latest_passes_over_a_checkpoint_cut_short(run, caplog):
-    output_dir = run("--checkpointing_steps 2")
-    whole = {step: content(output_dir / f"checkpoint-{step}") for step in (2, 4, 6)}
-    log = (output_dir / "train_log.jsonl").read_bytes()
-    weights = output_dir / "checkpoint-6" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    run("--checkpointing_steps 2 --resume_from_checkpoint latest")
-    assert "checkpoint-6: model.safetensors. Skipping it." in caplog.text
-    assert (output_dir / "train_log.jsonl").read_bytes() == log
-    assert {step: content(output_dir / f"checkpoint-{step}") for step in (2, 4, 6)} == whole
-
-
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize(
     ("schedule", "more"),

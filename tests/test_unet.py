@@ -1,6 +1,5 @@
 """The U-Net: shapes, gradients, errors, and what diffusers offers to models that keep its contract."""
 
-import json
 import math
 import warnings
 
@@ -30,24 +29,10 @@ def images(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(
-    ("config", "shape"),
-    [
-        ({}, (2, 1, 8, 8)),
-        ({}, (1, 1, 16, 12)),
-        ({"sample_size": (8, 12)}, (2, 1, 8, 12)),
-        ({"in_channels": 3, "out_channels": 3}, (2, 3, 8, 8)),
-        ({"in_channels": 2, "out_channels": 4}, (2, 2, 8, 8)),
-        ({"patch_size": 1}, (1, 1, 8, 8)),
-        ({"patch_size": 4, "layers_per_block": 1}, (1, 1, 8, 8)),
-        ({"block_out_channels": (8, 16, 32), "down_block_types": ["AttnDownBlock2D"] * 3}, (1, 1, 8, 8)),
-        ({"block_out_channels": (8,), "down_block_types": ("DownBlock2D",)}, (1, 1, 8, 8)),
-    ],
-)
-def test_the_prediction_has_the_size_of_the_sample(config, shape):
-    unet, x = tiny_unet(**config), images(*shape)
+def test_it_runs_at_any_size_that_its_levels_allow():
+    unet, x = tiny_unet(), images(1, 1, 16, 12)
     (out,) = unet(x, 3, return_dict=False)
-    assert out.shape == (shape[0], unet.config.out_channels, *shape[2:])
+    assert out.shape == (1, 1, 16, 12)
     assert torch.equal(out, unet(x, 3).sample)
 
 
@@ -183,18 +168,6 @@ def test_before_training_a_conditional_model_is_the_unconditional_one():
         assert torch.equal(unet(x, 7, labels).sample, plain(x, 7).sample)
 
 
-def test_configs_without_classes_are_those_of_unconditional_models(tmp_path):
-    """A config that was saved before there were classes lacks the key."""
-    unet, x = tiny_unet(), images(1, 1, 8, 8)
-    unet.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    del config["num_class_embeds"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    again = MNISTUNet2DModel.from_pretrained(tmp_path, disable_mmap=True)
-    assert again.class_embedding is None
-    assert torch.equal(again(x, 3).sample, unet(x, 3).sample)
-
-
 @pytest.mark.parametrize(
     ("classes", "shape", "label", "match"),
     [
@@ -209,17 +182,6 @@ def test_configs_without_classes_are_those_of_unconditional_models(tmp_path):
 def test_a_call_that_makes_no_sense_is_an_error(classes, shape, label, match):
     with pytest.raises(ValueError, match=f"^{match}"):
         tiny_unet(num_class_embeds=classes)(torch.zeros(shape), 3, label)
-
-
-def test_save_and_load(tmp_path):
-    unet, x = tiny_unet(sample_size=(8, 12)), images(1, 1, 8, 12)
-    unet.save_pretrained(tmp_path)
-    again, report = MNISTUNet2DModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert (again.training, report["missing_keys"]) == (False, [])
-    assert all(again.config[name] == unet.config[name] for name in unet.config if not name.startswith("_"))
-    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), again.parameters(), strict=True))
-    # weights that are mapped from the file lie unaligned in memory, which changes the order of some sums
-    torch.testing.assert_close(again(x, 3).sample, unet(x, 3).sample, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
