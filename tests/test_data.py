@@ -98,13 +98,10 @@ def test_every_mode_has_its_pixels(said, mode, color, file_format, expected):
     assert not said()
 
 
-def test_lab_is_converted_to_srgb():
+def test_lab_is_converted_to_srgb_and_photos_are_turned_the_right_way_up():
     """L* = 50 is Y = ((50 + 16) / 116)^3 = 0.184, which sRGB encodes as 1.055 Y^(1 / 2.4) - 0.055 = 0.466."""
     decoded = decode(encode(Image.new("LAB", (2, 2), (round(50 * 2.55), 128, 128)), "TIFF"))[0, :, 0, 0]
     assert (decoded - 0.466 * 255).abs().max() <= 1.5
-
-
-def test_photos_are_turned_the_right_way_up():
     image, exif = random_image(6, 8), Image.Exif()
     exif[0x0112] = 8  # orientation: turned by 90 degrees, clockwise
     np.testing.assert_array_equal(decode(encode(image, exif=exif))[0, 0], np.rot90(np.asarray(image)))
@@ -224,16 +221,14 @@ def test_the_largest_value_says_which_one_is_white_if_it_can(dtype, images, expe
 
 
 def test_resolution_resizes_the_shorter_side_and_crops_the_center():
-    # a white square of 8 x 8 in the middle of 8 x 16 is what remains
+    """A white square of 8 x 8 in the middle of 8 x 16 is what remains. Resizing is bilinear, and antialiased.
+
+    Halved, a pixel is a mean with the weights 1, 3, 3, 1, a triangle twice as wide; at an edge a 1 is cut off.
+    """
     pixels = np.zeros((8, 16), np.uint8)
     pixels[:, 4:12] = 255
     assert (decode(pixels, resolution=8) == 255).all()
     assert decode(random_image(), random_image(9, 5), resolution=4).shape == (2, 1, 4, 4)
-    assert (decode(Image.new("L", (16, 16), 7), resolution=4) == 7).all()
-
-
-def test_resizing_is_bilinear_and_antialiased():
-    """Halved, a pixel is a mean with the weights 1, 3, 3, 1, a triangle twice as wide; at an edge a 1 is cut off."""
     expected = [(3 * 0 + 3 * 80 + 160) / 7, (80 + 3 * 160 + 3 * 240) / 7]
     decoded = decode(np.tile(np.uint8([0, 80, 160, 240]), (4, 1)), resolution=2)[0, 0]
     assert decoded[0].tolist() == decoded[1].tolist() == [round(level) for level in expected]

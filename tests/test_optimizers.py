@@ -67,14 +67,6 @@ def test_the_step_does_not_depend_on_the_scale_of_the_gradient():
     torch.testing.assert_close(small, large, rtol=0, atol=1e-4)
 
 
-def test_both_learning_rates_follow_one_schedule():
-    optimizer = MuonAdamW([parameter(4, 4)], [parameter(4)], muon_lr=0.01, lr=0.002)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    optimizer.step()
-    schedule.step()
-    assert [group["lr"] for group in optimizer.param_groups] == [0.005, 0.001]
-
-
 @pytest.mark.parametrize(
     "name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 )

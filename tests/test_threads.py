@@ -89,9 +89,6 @@ def assert_equal(found, expected):
         assert torch.equal(images, alone), f"caller {caller}: off by {(images - alone).abs().max():.3g}"
 
 
-# One pipeline
-
-
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_callers_of_one_pipeline_do_not_disturb_each_other(scheduler):
     pipe = pipeline(scheduler())
@@ -156,18 +153,6 @@ def test_a_scheduler_that_is_in_use_may_be_copied():
         use(scheduler, torch.zeros(2, 1, 1, 1, dtype=torch.float64))
         assert len(list(copying)) == len(copies) - 1
         assert len(scheduler._copies) == len(copies) + 1
-
-
-# A pipeline for each
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_pipelines_of_shared_or_own_components(shared):
-    scheduler, unet = SCHEDULERS[2](), tiny_unet()
-    own = enumerate(SCHEDULERS)
-    pipes = [pipeline(scheduler, unet) if shared else pipeline(kind(), tiny_unet(seed)) for seed, kind in own]
-    alone = [images(pipe, caller) for caller, pipe in enumerate(pipes)]
-    assert_equal(in_threads(lambda caller, **callback: images(pipes[caller], caller, **callback)), alone)
 
 
 def test_pipelines_may_be_loaded_in_threads(tmp_path):
