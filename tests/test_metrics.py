@@ -135,9 +135,8 @@ def test_images_on_another_scale_are_rejected(classifier):
 
 def test_features_of_a_resnet_are_its_pooled_output_and_its_head_gives_the_logits():
     torch.manual_seed(0)
-    config = transformers.ResNetConfig(
-        1, embedding_size=4, hidden_sizes=[6], depths=[1], layer_type="basic", num_labels=5
-    )
+    sizes = {"num_channels": 1, "embedding_size": 4, "hidden_sizes": [6], "depths": [1], "num_labels": 5}
+    config = transformers.ResNetConfig(**sizes, layer_type="basic")
     model = transformers.ResNetForImageClassification(config).eval()
     images = random_images(3, 1, 28, 28)
     with torch.inference_mode():

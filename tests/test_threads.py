@@ -21,10 +21,7 @@ SCHEDULERS = [
     # these keep what earlier steps gave, and count their steps
     diffusers.DPMSolverMultistepScheduler,
     diffusers.PNDMScheduler,
-    diffusers.UniPCMultistepScheduler,
     diffusers.HeunDiscreteScheduler,
-    diffusers.EulerAncestralDiscreteScheduler,
-    diffusers.LMSDiscreteScheduler,
 ]
 STEPS = [4 + caller for caller in range(CALLERS)]
 SHARED_STEPS = min(STEPS)
