@@ -92,8 +92,7 @@ class PixelGain(nn.Module):
 
     Bayes' rule at low noise: a pixel x is exactly black with probability `sigmoid(a - (x + 1)^2 / (2 std^2))`, where
     its neighbors give the prior log odds a. If it is, the best v is `(x + 1) / std`, a gain of up to 150; if it is
-    gray, near 0. The network gives g and a for each pixel; s, k (for each timestep) and l (-1 and 1 at first) are
-    learned.
+    gray, near 0. So g and a are for each pixel, s and k for each timestep, and l is a parameter.
     """
 
     def __init__(self, channels: int, out_channels: int, patch_size: int, time_embed_dim: int):
@@ -138,8 +137,7 @@ class SelfAttentionProcessor:
     _attention_backend = None
 
     def __call__(self, attn: "SelfAttention", x: torch.Tensor) -> torch.Tensor:
-        """Map tokens `(B, H*W, C)` to what each gathers from all, the same shape."""
-        # (B, H*W, C) to (B, H*W, heads, C / heads), the layout of diffusers' dispatcher
+        """Map tokens `(B, H*W, C)` to what each gathers from all; the heads are `(B, H*W, heads, C / heads)`."""
         q, k, v = (layer(x).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v))
         return dispatch_attention_fn(q, k, v, backend=self._attention_backend).flatten(2)
 
@@ -386,11 +384,9 @@ def _check_config(config: Any) -> None:
 
 def _check_sample(sample: torch.Tensor, class_labels: torch.Tensor | int | None, config: Any) -> None:
     """Refuse samples of other channels, sizes that the levels can't halve, and labels that are not of the model."""
-    multiple = _size_multiple(config)
-    if sample.ndim != 4 or sample.shape[1] != config.in_channels or any(n % multiple for n in sample.shape[2:]):
-        raise ValueError(
-            f"sample must be (B, {config.in_channels}, {multiple} n, {multiple} m), got {tuple(sample.shape)}."
-        )
+    k = _size_multiple(config)
+    if sample.ndim != 4 or sample.shape[1] != config.in_channels or any(size % k for size in sample.shape[2:]):
+        raise ValueError(f"sample must be (B, {config.in_channels}, {k} n, {k} m), got {tuple(sample.shape)}.")
     if class_labels is not None:
         labels, last = torch.as_tensor(class_labels), config.num_class_embeds
         on_host = labels.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a look would wait
