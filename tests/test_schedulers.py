@@ -4,6 +4,7 @@ test_properties_schedulers.py searches configs and calls; here are the cases wit
 """
 
 import copy
+import operator
 import pickle
 
 import numpy as np
@@ -14,6 +15,7 @@ from diffusers.configuration_utils import FrozenDict
 from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMScheduler, MNISTUNet2DModel
 
 BOTH = pytest.mark.parametrize("scheduler_class", [MNISTDDPMScheduler, MNISTDDIMScheduler])
+WRITE = pytest.mark.parametrize("write", [setattr, operator.setitem], ids=["attribute", "item"])
 F64 = {"rtol": 1e-12, "atol": 1e-12}
 SHAPE = (3, 1, 4, 4)
 
@@ -317,7 +319,7 @@ def test_a_loop_on_a_gpu_never_waits_for_it(scheduler):
 # Configs and timesteps that are written to
 
 
-@pytest.mark.parametrize("write", [setattr, lambda config, name, value: config.__setitem__(name, value)])
+@WRITE
 @BOTH
 def test_a_config_that_is_written_to_takes_effect(scheduler_class, write):
     """As in diffusers, where attributes do; here items do as well, and a table made before does not survive."""
@@ -356,20 +358,35 @@ def test_a_config_that_is_written_to_takes_effect(scheduler_class, write):
     assert scheduler_class.from_config(scheduler.config).config.timestep_spacing == "leading"
 
 
-@pytest.mark.parametrize("write", [setattr, lambda config, name, value: config.__setitem__(name, value)])
+@WRITE
 @BOTH
-def test_writes_that_could_not_take_effect_are_refused(scheduler_class, write):
+def test_writes_that_could_not_take_effect_are_rejected(scheduler_class, write):
     scheduler, x = scheduler_class(), normal(0)
-    for name, value in [("beta_schedule", "sigmoid"), ("num_train_timesteps", 10), ("trained_betas", [0.1])]:
+    cases = {"beta_schedule": "sigmoid", "num_train_timesteps": 10, "trained_betas": [0.1], "predicton_type": "sample"}
+    for name, value in cases.items():
         with pytest.raises(ValueError, match=name):
             write(scheduler.config, name, value)
+    with pytest.raises(ValueError, match="beta_schedule"):
+        scheduler.register_to_config(beta_schedule="squaredcos_cap_v2")
     write(scheduler.config, "beta_end", 0.02)  # what it is already
-    write(scheduler.config, "prediction_type", "noise")
-    with pytest.raises(ValueError, match="prediction_type"):
-        scheduler.step(x, 5, x)
-    write(scheduler.config, "timestep_spacing", "even")
-    with pytest.raises(ValueError, match="timestep_spacing"):
-        scheduler.set_timesteps(5)
+    for name, use in (
+        ("prediction_type", lambda: scheduler.step(x, 5, x)),
+        ("timestep_spacing", lambda: scheduler.set_timesteps(5)),
+    ):
+        write(scheduler.config, name, "unknown")
+        with pytest.raises(ValueError, match=name):
+            use()
+
+
+@WRITE
+@BOTH
+def test_the_alias_simple_var_may_be_written(scheduler_class, write):
+    scheduler = scheduler_class()
+    write(scheduler.config, "simple_var", True)
+    assert scheduler.simple_var
+    assert scheduler.config.variance_type == scheduler.config["variance_type"] == "fixed_large"
+    scheduler.register_to_config(simple_var=False)
+    assert not scheduler.simple_var
 
 
 @BOTH
@@ -524,20 +541,3 @@ def test_arguments_that_do_not_fit_are_refused(scheduler_class):
     for name, call in cases:
         with pytest.raises((ValueError, TypeError, IndexError, RuntimeError), match=name):
             call()
-
-
-@pytest.mark.parametrize("scheduler_class", [MNISTDDPMScheduler, MNISTDDIMScheduler])
-def test_writes_that_the_betas_or_no_key_could_follow_are_refused(scheduler_class):
-    scheduler = scheduler_class()
-    with pytest.raises(ValueError, match="beta_schedule"):
-        scheduler.register_to_config(beta_schedule="squaredcos_cap_v2")
-    with pytest.raises(AttributeError, match="predicton_type"):
-        scheduler.config.predicton_type = "sample"
-    for write in (
-        lambda: setattr(scheduler.config, "simple_var", True),
-        lambda: scheduler.register_to_config(simple_var=True),
-    ):
-        scheduler.config.simple_var = False
-        assert scheduler.config.variance_type == scheduler.config["variance_type"] == "fixed_small"
-        write()
-        assert scheduler.simple_var

@@ -142,10 +142,10 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
         if num_inference_steps is not None:
             spacing, offset = self._option("timestep_spacing"), self.config["steps_offset"]
             timesteps = spaced_timesteps(spacing, len(self), operator.index(num_inference_steps), offset)
-        self._visit(timesteps, device)
+        self._set_timesteps(timesteps, device)
         self.num_inference_steps = len(self.timesteps)
         if self._option("prediction_type") == "epsilon":
-            check_signal(self.alphas_cumprod[self._visited[0]])
+            check_signal(self.alphas_cumprod[self._timesteps_on_cpu[0]])
 
     @property
     def timesteps(self) -> Tensor:
@@ -154,20 +154,20 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
 
     @timesteps.setter
     def timesteps(self, timesteps: Tensor) -> None:
-        self._visit(timesteps)
+        self._set_timesteps(timesteps)
 
     def previous_timestep(self, timestep: Timesteps) -> Any:
         """The timestep that is visited after the given one, -1 after the last; of the type and shape of the input."""
         prev = next_visited(self.timesteps, torch.as_tensor(timestep, device=self.timesteps.device).long())
         return prev.to(timestep.device) if isinstance(timestep, Tensor) else int(prev)
 
-    def _visit(self, timesteps: Any, device: Any = None) -> None:
+    def _set_timesteps(self, timesteps: Any, device: Any = None) -> None:
         """Set the timesteps, and tabulate the steps between them."""
         timesteps = torch.as_tensor(timesteps, device=getattr(timesteps, "device", "cpu"))
         check_timesteps(timesteps, len(self))
         self._timesteps = timesteps.to(timesteps.device if device is None else device, torch.int64)
-        self._visited = timesteps.to("cpu", torch.int64, copy=True)
-        prev = next_visited(self._visited, torch.arange(len(self), device="cpu"))
+        self._timesteps_on_cpu = timesteps.to("cpu", torch.int64, copy=True)
+        prev = next_visited(self._timesteps_on_cpu, torch.arange(len(self), device="cpu"))
         alpha_bar, beta = self.alphas_cumprod.cpu(), self.betas.cpu()
         alpha_bar_prev = alpha_bar[prev].where(prev >= 0, self.final_alpha_cumprod.cpu())
         self._rows = tabulate(alpha_bar, alpha_bar_prev, beta, last=prev < 0)
@@ -182,7 +182,7 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
 
     def _coefficients(self, timestep: Timesteps, sample: Tensor) -> "Row":
         """The row of a timestep, as tensors `(1, 1, 1, 1)` or `(B, 1, 1, 1)` in at least float32."""
-        if self._timesteps.is_cpu and not torch.compiler.is_compiling() and not self._timesteps.equal(self._visited):
+        if self._timesteps.is_cpu and not torch.compiler.is_compiling() and not self._timesteps.equal(self._timesteps_on_cpu):
             self.timesteps = self._timesteps  # it was written to in place
         check_images("sample", sample, sample.shape)
         t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, device="cpu")
@@ -206,22 +206,21 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
         self.alphas_cumprod_prev = torch.cat([self.betas.new_ones(1), self.alphas_cumprod[:-1]])
         self.final_alpha_cumprod = self.betas.new_tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
-        self._visit(range(len(self) - 1, -1, -1))  # until set_timesteps is called, sampling visits every timestep
+        self._set_timesteps(range(len(self) - 1, -1, -1))  # until set_timesteps is called, sampling visits every timestep
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep a config that may be written to, where diffusers or a pipeline replaces it as a whole."""
         if name == "_internal_dict":
-            live = LiveConfig(self._internal_dict if "betas" in self.__dict__ else value)
+            live = LiveConfig({**value, **self._internal_dict} if "betas" in self.__dict__ else value)
             for key in value:
-                live[key] = value[key]  # refuses other betas
+                live[key] = value[key]  # rejects other betas
             value = live
         super().__setattr__(name, value)
 
     def _option(self, name: str) -> str:
         """A choice of the config, looked up when it is needed, as the config may be written to."""
         value: str = self.config[name]
-        if value not in CHOICES[name]:
-            raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}.")
+        check_choice(name, value, CHOICES[name])
         return value
 
     @property
@@ -478,21 +477,25 @@ class LiveConfig(FrozenDict):
     """A config whose attributes are its items: a write to either takes effect from the next call on."""
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Write both, unless the betas were made from the value that is there."""
+        """Write both, unless there is no such key, or the betas were made from the value that is there."""
         if name == "simple_var":
             name, value = "variance_type", "fixed_large" if value else "fixed_small"
-        of_betas = "beta" in name or name in ("num_train_timesteps", "set_alpha_to_one")
-        current = self.get(name, value)
-        if of_betas and current is not value and not np.array_equal(current, value):
-            raise ValueError(f"{name} must stay {current!r:.80}, got {value!r:.80}. Make another scheduler.")
+        fixed = {"num_train_timesteps", "set_alpha_to_one", *(key for key in self if "beta" in key)}
+        same = name in self and np.array_equal(self[name], value)
+        is_complete = "_FrozenDict__frozen" in self.__dict__
+        if is_complete and name[0] != "_" and not same:
+            free = [key for key in self if key not in fixed and key[0] != "_"]
+            check_choice("key of a config", name, free, "Make another scheduler for other betas.")
         super().__setitem__(name, value)
         self.__dict__[name] = value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Write both; what diffusers keeps beside the items begins with an underscore."""
-        if name not in (*self, "simple_var") and not name.startswith("_"):
-            raise AttributeError(f"config must have a key {name}, got {', '.join(self)}.")
-        (super().__setattr__ if name.startswith("_") else self.__setitem__)(name, value)
+        (super().__setattr__ if name[0] == "_" else self.__setitem__)(name, value)
+
+    def __reduce__(self) -> Any:
+        """Copy and pickle as a whole: a single item can't be added."""
+        return LiveConfig, (dict(self),)
 
 
 def canonical(config: dict[str, Any]) -> dict[str, Any]:
@@ -502,11 +505,14 @@ def canonical(config: dict[str, Any]) -> dict[str, Any]:
         config["_use_default_values"] = []
     if config.get("beta_schedule") == "cosine":
         config["beta_schedule"] = "squaredcos_cap_v2"
-    variance_type = {None: None, True: "fixed_large", False: "fixed_small"}[config.pop("simple_var", None)]
-    if variance_type and config.get("variance_type") not in (None, variance_type):
-        raise ValueError(f"simple_var must fit variance_type, got {config['variance_type']!r}. Pass one of the two.")
-    if variance_type or config.get("variance_type", "") is None:
-        config["variance_type"] = variance_type or "fixed_small"
+    simple_var = config.pop("simple_var", None)
+    if simple_var is not None:
+        variance_type = "fixed_large" if simple_var else "fixed_small"
+        choices = [None, variance_type]
+        check_choice("variance_type", config.get("variance_type"), choices, f"It contradicts simple_var={simple_var}.")
+        config["variance_type"] = variance_type
+    elif config.get("variance_type", "") is None:
+        config["variance_type"] = "fixed_small"
     if config.get("trained_betas") is not None:
         config["trained_betas"] = [float(beta) for beta in config["trained_betas"]]
         config["num_train_timesteps"] = len(config["trained_betas"])
@@ -525,7 +531,7 @@ def with_defaults(cls: type[MNISTSchedulerBase], config: dict[str, Any]) -> dict
 
 
 def betas_of(config: dict[str, Any]) -> Tensor:
-    """The betas `(T,)` that a config asks for; refused are those that are no variances or leave no signal."""
+    """The betas `(T,)` that a config asks for; rejected are those that are no variances or leave no signal."""
     if config["trained_betas"] is not None:
         betas = torch.tensor(config["trained_betas"], dtype=torch.float64, device="cpu")
     else:
@@ -540,21 +546,27 @@ def betas_of(config: dict[str, Any]) -> Tensor:
 # Checks --------------------------------------------------------------------------------------------------------------
 
 
+def check_choice(name: str, value: Any, choices: Sequence[Any], remedy: str = "") -> None:
+    """Reject what is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}. {remedy}".strip())
+
+
 def check_signal(alpha_bar: Tensor) -> None:
-    """Refuse timesteps without signal, from which predicted noise does not lead to x_0."""
+    """Reject timesteps without signal, from which predicted noise does not lead to x_0."""
     if alpha_bar.is_cpu and not torch.compiler.is_compiling() and not alpha_bar.all():
         raise ValueError("prediction_type must not be 'epsilon' where alphas_cumprod is 0. Take 'v_prediction'.")
 
 
 def check_timesteps(timesteps: Tensor, T: int) -> None:
-    """Refuse a list of timesteps that is out of range or out of order; one on a device is not looked at."""
+    """Reject a list of timesteps that is out of range or out of order; one on a device is not looked at."""
     is_list = timesteps.ndim == 1 and len(timesteps) > 0 and not timesteps.is_floating_point()
     if timesteps.is_cpu and not (is_list and timesteps[0] < T and timesteps[-1] >= 0 and (timesteps.diff() < 0).all()):
-        got = f"got {timesteps.tolist()!s:.80}. num_inference_steps or steps_offset may be too large."
+        got = f"got {timesteps.tolist()!s:.80}. Sort the list, or lower num_inference_steps or steps_offset."
         raise ValueError(f"timesteps must be integers in descending order, from {T - 1} at most to 0, {got}")
 
 
 def check_images(name: str, x: Tensor, shape: Sequence[int]) -> None:
-    """Refuse images of integers, and a shape that would broadcast."""
+    """Reject images of integers, and a shape that would broadcast."""
     if not x.is_floating_point() or x.shape != torch.Size(shape):
         raise ValueError(f"{name} must be floating point of shape {tuple(shape)}, got {x.dtype} of {tuple(x.shape)}.")
