@@ -38,7 +38,6 @@ library_name: diffusers
 pipeline_tag: unconditional-image-generation
 license: apache-2.0
 tags:
-- unconditional-image-generation
 - diffusion
 - ddpm
 - ddim
@@ -266,6 +265,7 @@ def write_card(
     data: Any = card.data
     sections = []
     if classes:
+        data.tags = [*(data.tags or []), "class-conditional"]
         sections.append(CLASSES.format(names=", ".join(classes), name=json.dumps(classes[0], ensure_ascii=False)))
     if command:
         sections.append(f"## Training\n\n```bash\n{shlex.join(_public_words(command))}\n```")
