@@ -408,7 +408,7 @@ def test_heun_in_few_steps_is_right_or_says_what_to_do(karras):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         images(pipe, num_inference_steps=10)
-        images(pipe, num_inference_steps=100)
+        images(pipe, num_inference_steps=50)
     assert ["use_karras_sigmas=True" in str(w.message) for w in caught if "Heun" in str(w.message)] == [True][karras:]
 
 

@@ -223,16 +223,7 @@ def test_configs_that_are_not_supported_are_rejected(name, config):
             target.from_config({"_class_name": "DDPMScheduler", **config})
 
 
-NAMES = [
-    "DDPM",
-    "DDIM",
-    "DDIMInverse",
-    "DPMSolverMultistep",
-    "UniPCMultistep",
-    "EulerDiscrete",
-    "HeunDiscrete",
-    "PNDM",
-]
+NAMES = ["DDPM", "DDIM", "DDIMInverse", "DPMSolverMultistep", "UniPCMultistep", "HeunDiscrete", "PNDM"]
 
 
 @pytest.mark.parametrize("saved", [False, True])
