@@ -116,9 +116,7 @@ def test_strength_0_is_the_image_and_strength_1_is_generation(name):
     plain = MNISTDDPMPipeline.from_pipe(pipe)
     expected = plain(2, seeded(0), **options).images
     torch.testing.assert_close(pipe(image, 1.0, seeded(0), **options).images, expected, rtol=0, atol=1e-4)
-    half = pipe(image, 0.5, seeded(0), **options).images
-    assert half.isfinite().all()
-    assert not torch.equal(half, expected)
+    assert pipe(image, 0.5, seeded(0), **options).images.isfinite().all()
 
 
 @pytest.mark.parametrize("name", sorted({*SCHEDULERS} - {"pndm"}))
@@ -132,6 +130,13 @@ def test_images_of_the_distribution_stay_in_it(name, strength):
     torch.testing.assert_close(x.mean(dim=0), MEAN, rtol=0, atol=0.02)
     tolerance = 0.3 if name == "euler_ancestral" else 0.15  # the former still lacks 0.23 of the variance at 50 steps
     torch.testing.assert_close(torch.cov(x.T), COVARIANCE, rtol=0, atol=tolerance * 0.04)
+
+
+def test_low_strength_keeps_more_of_the_image():
+    pipe, image = pipeline(MNISTImg2ImgPipeline), data(64)
+    images = [pipe(image, strength, seeded(0), output_type="pt").images for strength in (0.1, 0.4, 0.8)]
+    kept = [(edited - image).abs().mean() for edited in images]
+    assert 0 < kept[0] < kept[1] < kept[2]
 
 
 # Inversion

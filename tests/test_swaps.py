@@ -16,7 +16,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, DDPMPipeline, UNet2DConditionModel
+from test_pipeline import tiny_foreign_unet
 
 from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMScheduler
 
@@ -280,21 +281,6 @@ def test_ddim_honors_the_variance_type_that_diffusers_ddim_ignores():
 # Pipelines
 
 
-def tiny_unet(**kwargs):
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        **kwargs,
-    )
-
-
 def stable_diffusion(pipeline_class, scheduler):
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -327,7 +313,7 @@ SD_CONFIG |= {"clip_sample": False}
 
 @pytest.mark.parametrize("kwargs", [{}, {"variance_type": "fixed_large"}, {"beta_schedule": "squaredcos_cap_v2"}])
 def test_ddpm_pipeline_gives_the_same_images(kwargs):
-    pipe = DDPMPipeline(tiny_unet(), diffusers.DDPMScheduler(**kwargs))
+    pipe = DDPMPipeline(tiny_foreign_unet(), diffusers.DDPMScheduler(**kwargs))
     pipe.set_progress_bar_config(disable=True)
 
     def images():
@@ -377,7 +363,7 @@ def test_a_pipeline_that_rewrites_the_config_is_obeyed():
 def test_ddim_pipeline_runs():
     """It rebuilds its scheduler as diffusers' own DDIM, from our config without a warning."""
     with no_warning():
-        pipe = diffusers.DDIMPipeline(tiny_unet(), MNISTDDIMScheduler(beta_schedule="cosine"))
+        pipe = diffusers.DDIMPipeline(tiny_foreign_unet(), MNISTDDIMScheduler(beta_schedule="cosine"))
     pipe.set_progress_bar_config(disable=True)
     assert pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2"
     assert pipe(num_inference_steps=3, output_type="np").images.shape == (1, 8, 8, 1)

@@ -143,7 +143,7 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         """x_T for the scheduler: N(0, I), drawn in float32 or given, times the largest noise level."""
         counts = {len(given) for given in (generator, latents) if isinstance(given, list | torch.Tensor)}
         if batch_size < 1 or counts - {batch_size}:
-            raise ValueError(f"batch_size must be 1 or more, as of generator and latents, got {batch_size}, {counts}.")
+            raise ValueError(f"batch_size must be >= 1 and fit generator and latents, got {batch_size}, {counts}.")
         if latents is None:
             size = self.unet.config.sample_size
             shape = batch_size, self.unet.config.in_channels, *([size, size] if isinstance(size, int) else size)
@@ -206,7 +206,7 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         if scheduler.config.get("variance_type") in LEARNED and not reads_variance:
             scheduler.register_to_config(variance_type="fixed_small")  # it keeps the setting, and splits nothing
         if isinstance(scheduler, HeunDiscreteScheduler) and scheduler.sigmas[0] > 1000 * scheduler.sigmas[1] > 0:
-            warnings.warn("Heun speckles images in so few steps. Set use_karras_sigmas=True.", stacklevel=3)
+            warnings.warn("Heun speckles images in so few steps. Set use_karras_sigmas=True.", stacklevel=4)
         self.num_timesteps = len(scheduler.timesteps)
 
     def _check_finite(self, finite: list[torch.Tensor], timesteps: Sequence[Any]) -> None:
