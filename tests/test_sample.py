@@ -113,6 +113,14 @@ def test_output_dir_is_of_one_model_and_one_seed(tmp_path, model):
     pipe.save_pretrained(model)  # trained further, under the same name
     with pytest.raises(ValueError, match="--output_dir"):
         run(model, *flags)
+    labels = ("--output_dir", tmp_path / "labels", "--num_images", 1, "--class_labels")
+    run(model, *labels, 2)
+    with pytest.raises(ValueError, match="--output_dir"):
+        run(model, *labels, 1)
+    pipe.guide = pipe.unet
+    pipe.save_pretrained(model)
+    with pytest.raises(ValueError, match="--output_dir"):
+        run(model, *labels, 2)
     (tmp_path / "images" / "settings.json").unlink()
     with pytest.raises(ValueError, match="--output_dir"):
         run(model, *flags)
