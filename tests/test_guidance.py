@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -267,6 +270,32 @@ def test_push_and_download_with_a_guide_and_without(hub):
     assert MNISTDDPMPipeline.from_pretrained(REPO, guide=None).guide is None
     trusted = DiffusionPipeline.from_pretrained(REPO, trust_remote_code=True)
     torch.testing.assert_close(guided_images(trusted), guided_images(pipe), atol=1e-3, rtol=0)
+
+    card = hub.files(REPO)["README.md"].decode()
+    assert "zero, one, two. " in card
+    for code in re.findall(r"```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE):
+        exec(code.replace("num_inference_steps=50", "num_inference_steps=2"), names := {})
+        assert "pipe" not in names or len(names["images"]) in (4, 16)
+    hub.repos["models", REPO].commit({"README.md": b"own words"})
+    pipe.push_to_hub(REPO, token=WRITER)
+    assert hub.files(REPO)["README.md"] == b"own words"
+
+
+def test_a_new_process_without_the_package_takes_labels_and_a_guide(tmp_path):
+    pipe = guided_pipeline()
+    pipe.save_pretrained(tmp_path)
+    torch.save(guided_images(pipe), tmp_path / "expected.pt")
+    code = f"""
+import sys
+sys.modules["mnist_ddpm"] = None
+import torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+options = {{"class_labels": "two", "guidance_scale": 1.5, "num_inference_steps": 4, "output_type": "pt"}}
+images = pipe(generator=torch.Generator().manual_seed(0), **options).images
+torch.testing.assert_close(images, torch.load({str(tmp_path / "expected.pt")!r}), atol=1e-3, rtol=0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"HF_MODULES_CACHE": str(tmp_path)})
 
 
 def test_from_pipe_takes_over_guide_and_names():
