@@ -19,6 +19,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from loopback_hub import USER, WRITER
 from test_pipeline import images, seeded, tiny_unet
 
+import mnist_ddpm
 from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
 from mnist_ddpm.pipeline import extrapolate
 from mnist_ddpm.sampling import SCHEDULERS, make_scheduler
@@ -273,6 +274,7 @@ def test_push_and_download_with_a_guide_and_without(hub):
 
     card = hub.files(REPO)["README.md"].decode()
     assert "zero, one, two. " in card
+    assert "## Guide\n" in card
     for code in re.findall(r"```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE):
         exec(code.replace("num_inference_steps=50", "num_inference_steps=2"), names := {})
         assert "pipe" not in names or len(names["images"]) in (4, 16)
@@ -331,6 +333,7 @@ def test_the_code_of_the_guide_runs(tmp_path, monkeypatch):
     unet = tiny_unet(num_class_embeds=10)
     for name in ("conditional", "weaker"):
         pipeline(unet, id2label={n: str(n) for n in range(10)}).save_pretrained(name)
+    monkeypatch.setattr(mnist_ddpm, "PRETRAINED_CONDITIONAL", tmp_path / "conditional")
     names = {}
     for code in blocks("python"):
         exec(code, names)
@@ -344,4 +347,4 @@ def test_the_commands_of_the_guide_have_flags_that_exist():
     for line in lines:
         _, script, *argv = shlex.split(line)
         importlib.import_module(Path(script).stem).parse_args(argv)
-    assert len(lines) == 4
+    assert len(lines) == 5

@@ -81,7 +81,8 @@ unet = MNISTUNet2DModel.from_pretrained("namespace/name", subfolder="unet")
 scheduler = MNISTDDPMScheduler.from_pretrained("namespace/name", subfolder="scheduler")
 ```
 """
-CLASSES = """## Classes
+CLASSES = """
+## Classes
 
 {names}. A call takes one for all images, or a list with one for each:
 
@@ -90,18 +91,14 @@ from mnist_ddpm import MNISTDDPMPipeline
 
 pipe = MNISTDDPMPipeline.from_pretrained("namespace/name")
 images = pipe(batch_size=4, class_labels={name}, guidance_scale=2.0, num_inference_steps=50).images
-```"""
-GUIDE = """## Guide
+```
+"""
+GUIDE = """
+## Guide
 
-A weaker U-Net, from whose prediction `guidance_scale` leads away ([arXiv 2406.02507](https://arxiv.org/abs/2406.02507)).
-It is used where the scale is not 1:
-
-```python
-from mnist_ddpm import MNISTDDPMPipeline
-
-pipe = MNISTDDPMPipeline.from_pretrained("namespace/name")
-images = pipe(batch_size=4, guidance_scale=1.4, num_inference_steps=50).images
-```"""
+A weaker U-Net is part of the pipeline. `pipe(guidance_scale=1.4)` leads away from what it predicts
+([arXiv 2406.02507](https://arxiv.org/abs/2406.02507)).
+"""
 EVALUATION = """## Evaluation
 
 FID, KID, precision and recall are measured on features of an MNIST classifier, so they don't compare with those of
@@ -314,13 +311,11 @@ def add_scores(folder: str | os.PathLike[str], scores: Mapping[str, Any], *, com
 def _plain_card(folder: str | os.PathLike[str]) -> str:
     """The card that every saved pipeline starts with: how to load it, its classes, its guide."""
     index = json.loads((Path(folder) / INDEX_FILE).read_text(encoding="utf-8"))
-    names = [name for _, name in sorted(index.get("id2label", {}).items(), key=lambda item: int(item[0]))]
-    sections = [CARD]
+    names = [index["id2label"][number] for number in sorted(index.get("id2label", {}), key=int)]
+    card = CARD
     if names:
-        sections.append(CLASSES.format(names=", ".join(names), name=json.dumps(names[0], ensure_ascii=False)) + "\n")
-    if "guide" in index:
-        sections.append(GUIDE + "\n")
-    return "\n".join(sections)
+        card += CLASSES.format(names=", ".join(names), name=json.dumps(names[0], ensure_ascii=False))
+    return card + GUIDE if "guide" in index else card
 
 
 def _write_card(folder: str | os.PathLike[str], card: ModelCard | str) -> None:
