@@ -87,9 +87,6 @@ CLASSES = """
 {names}. A call takes one for all images, or a list with one for each:
 
 ```python
-from mnist_ddpm import MNISTDDPMPipeline
-
-pipe = MNISTDDPMPipeline.from_pretrained("namespace/name")
 images = pipe(batch_size=4, class_labels={name}, guidance_scale=2.0, num_inference_steps=50).images
 ```
 """
@@ -309,7 +306,7 @@ def add_scores(folder: str | os.PathLike[str], scores: Mapping[str, Any], *, com
 
 
 def _plain_card(folder: str | os.PathLike[str]) -> str:
-    """The card that every saved pipeline starts with: how to load it, its classes, its guide."""
+    """The card that every saved pipeline starts with."""
     index = json.loads((Path(folder) / INDEX_FILE).read_text(encoding="utf-8"))
     names = [index["id2label"][number] for number in sorted(index.get("id2label", {}), key=int)]
     card = CARD
