@@ -306,13 +306,11 @@ def add_scores(folder: str | os.PathLike[str], scores: Mapping[str, Any], *, com
 
 
 def _plain_card(folder: str | os.PathLike[str]) -> str:
-    """The card that every saved pipeline starts with."""
+    """The card that every saved pipeline starts with: how to load it, its classes, its guide."""
     index = json.loads((Path(folder) / INDEX_FILE).read_text(encoding="utf-8"))
     names = [index["id2label"][number] for number in sorted(index.get("id2label", {}), key=int)]
-    card = CARD
-    if names:
-        card += CLASSES.format(names=", ".join(names), name=json.dumps(names[0], ensure_ascii=False))
-    return card + GUIDE if "guide" in index else card
+    classes = CLASSES.format(names=", ".join(names), name=json.dumps(names[0], ensure_ascii=False)) if names else ""
+    return CARD + classes + (GUIDE if "guide" in index else "")
 
 
 def _write_card(folder: str | os.PathLike[str], card: ModelCard | str) -> None:
