@@ -81,16 +81,17 @@ def sketch_picture(pipe: MNISTDDPMPipeline, copies: int = 8) -> Image.Image:
 
 
 def inpainting_picture(pipe: MNISTDDPMPipeline, copies: int = 8) -> Image.Image:
-    """Halves of test images, the other half gray, and how inpainting completes them: a row for each."""
+    """Halves of test images, the rest gray, and how inpainting completes them: a row for each."""
     inpaint = MNISTInpaintPipeline.from_pipe(pipe)
+    below, left = torch.zeros(2, 1, 1, 28, 28)
+    below[:, :, 14:] = 1
+    left[..., :14] = 1
     images = []
-    for i in (1, 61):
-        digit = load_mnist("test")[i : i + 1] / 255
-        mask = torch.zeros_like(digit)
-        mask[:, :, 14:] = 1
-        options = {"generator": image_generators(0, range(copies)), "jump_length": 10, "jump_n_sample": 10}
+    for i, mask in ((12, below), (61, left)):
+        digit = load_mnist("test[:100]")[i : i + 1] / 255
         images += pt_to_pil(torch.where(mask > 0, 0.4, digit) * 2 - 1)
-        images += inpaint(digit.expand(copies, -1, -1, -1), mask, **options).images
+        generators = image_generators(0, range(copies))
+        images += inpaint(digit.expand(copies, -1, -1, -1), mask, generators, jump_length=10, jump_n_sample=5).images
     return enlarged(image_grid(images, columns=1 + copies))
 
 
@@ -107,8 +108,8 @@ def interpolation_picture(pipe: MNISTDDPMPipeline) -> Image.Image:
 
 
 def enlarged(image: Image.Image) -> Image.Image:
-    """Twice as large, in squares."""
-    return image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST)
+    """Three times as large, in squares."""
+    return image.resize((3 * image.width, 3 * image.height), Image.Resampling.NEAREST)
 
 
 def curve_picture() -> Image.Image:
