@@ -38,7 +38,6 @@ library_name: diffusers
 pipeline_tag: unconditional-image-generation
 license: apache-2.0
 tags:
-- unconditional-image-generation
 - diffusion
 - ddpm
 - ddim
@@ -93,8 +92,7 @@ images = pipe(batch_size=4, class_labels={name}, guidance_scale=2.0, num_inferen
 GUIDE = """
 ## Guide
 
-A weaker U-Net is part of the pipeline. `pipe(guidance_scale=1.4)` leads away from what it predicts
-([arXiv 2406.02507](https://arxiv.org/abs/2406.02507)).
+A weaker U-Net, from which `pipe(guidance_scale=1.4)` leads away ([arXiv 2406.02507](https://arxiv.org/abs/2406.02507)).
 """
 EVALUATION = """## Evaluation
 
@@ -309,8 +307,11 @@ def _plain_card(folder: str | os.PathLike[str]) -> str:
     """The card that every saved pipeline starts with: how to load it, its classes, its guide."""
     index = json.loads((Path(folder) / INDEX_FILE).read_text(encoding="utf-8"))
     names = [index["id2label"][number] for number in sorted(index.get("id2label", {}), key=int)]
-    classes = CLASSES.format(names=", ".join(names), name=json.dumps(names[0], ensure_ascii=False)) if names else ""
-    return CARD + classes + (GUIDE if "guide" in index else "")
+    card = CARD
+    if names:
+        card = card.replace("- ddim\n", "- ddim\n- class-conditional\n")
+        card += CLASSES.format(names=", ".join(names), name=json.dumps(names[0], ensure_ascii=False))
+    return card + GUIDE if "guide" in index else card
 
 
 def _write_card(folder: str | os.PathLike[str], card: ModelCard | str) -> None:
@@ -368,7 +369,7 @@ def _pushing_to(repo_id: str, token: str | None, advice: str = "") -> Iterator[N
         yield
     except Exception as error:  # whatever the network, the server and the client can do
         status = getattr(getattr(error, "response", None), "status_code", None)
-        remedy = REMEDIES.get(status and min(status, 500), "the Hub refused: check the name")
+        remedy = REMEDIES.get(status and min(status, 500), "the Hub rejected it: check the name")
         first, *_ = str(error).strip().splitlines() or [""]
         details = f"{type(error).__name__}: {first} {getattr(error, 'server_message', None) or ''}".strip()
         reason = str(error) if isinstance(error, ValueError) else f"{remedy} ({details})"
