@@ -56,6 +56,11 @@ def make_scheduler(name: str, config: Any) -> Any:
     return scheduler_class.from_config({**config, **options})
 
 
+def is_few_step(scheduler: Any) -> bool:
+    """Whether a pipeline with this scheduler was distilled to few steps: other schedulers don't fit its U-Net."""
+    return isinstance(scheduler, diffusers.LCMScheduler)
+
+
 def load_pipeline(
     model: str | os.PathLike[str] | None = None, scheduler: str = "ddim", device: str | None = None
 ) -> MNISTDDPMPipeline:
