@@ -43,7 +43,7 @@ class Discriminator(nn.Module):
     def forward(
         self, x_t: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Logits `(B, places of all levels)` of noisy images `(B, C, H, W)` at timesteps `(B,)`."""
+        """Logits `(B, heads, h, w)`, a map of the finest level's size for each head, of noisy images `(B, C, H, W)`."""
         with torch.autocast(x_t.device.type, enabled=False):  # as in the U-Net
             emb = self.time_embedding(timesteps, x_t.dtype)
             if self.class_embedding is not None:
@@ -59,11 +59,12 @@ class Discriminator(nn.Module):
                 h = self.downsamplers[level - 1](h)
             for block in blocks:
                 h = block(h, emb)
-            logits.append(self.heads[level](h).flatten(1).float())
+            logits.append(self.heads[level](h).float())
         for block in self.mid_block:
             h = block(h, emb)
-        logits.append(self.heads[-1](h).flatten(1).float())
-        return torch.cat(logits, dim=1)
+        logits.append(self.heads[-1](h).float())
+        size = logits[0].shape[2:]
+        return torch.cat([F.interpolate(of_head, size) for of_head in logits], dim=1)
 
 
 def relativistic_loss(higher: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
