@@ -10,7 +10,8 @@ is: from noise to f, and in more steps `x_s = sqrt(alpha_bar_s) f(x_t, t) + sqrt
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -63,10 +64,17 @@ class ConsistencyLoss:
         function: f.
         teacher: the U-Net to distill.
         timesteps: those that t is from, in ascending order; prev is the one before, and 0 before the first.
+        autocast: the context that the teacher runs in.
     """
 
-    def __init__(self, function: ConsistencyFunction, teacher: nn.Module, timesteps: Sequence[int]):
-        self.function = function
+    def __init__(
+        self,
+        function: ConsistencyFunction,
+        teacher: nn.Module,
+        timesteps: Sequence[int],
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ):
+        self.function, self.autocast = function, autocast
         self.teacher = teacher.eval().requires_grad_(False)
         self.ddim = MNISTDDIMScheduler.from_config(function.scheduler.config, variance_type="fixed_small")
         self.ddim.set_timesteps(timesteps=sorted({0, *timesteps}, reverse=True))
@@ -76,7 +84,8 @@ class ConsistencyLoss:
         t, labels = batch.timesteps, batch.class_labels
         x_t = self.ddim.add_noise(batch.clean_images, batch.noise, t)
         with torch.no_grad():
-            output = self.teacher(x_t, t, labels, return_dict=False)[0].float()
+            with self.autocast():
+                output = self.teacher(x_t, t, labels, return_dict=False)[0].float()
             x_prev = self.ddim.step(output, t, x_t).prev_sample
             target = self.function(unet, x_prev, self.ddim.previous_timestep(t).clamp(min=0), labels)
         squares = (self.function(unet, x_t, t, labels) - target).square().sum(dim=(1, 2, 3))
@@ -188,7 +197,7 @@ class Distiller(Trainer):
         function = ConsistencyFunction(self.scheduler, self.make_sampler())
         if args.objective == "consistency":
             self.batches = self.make_batches(level_probabilities(T, timesteps, 1 / args.num_levels))
-            return ConsistencyLoss(function, self.accelerator.prepare(copy.deepcopy(unet)), timesteps)
+            return ConsistencyLoss(function, copy.deepcopy(unet), timesteps, self.accelerator.autocast)
         self.batches = self.make_batches(level_probabilities(T, timesteps, args.first_level_share))
         noised = max(1, round(args.discriminator_noise * T))
         p = torch.zeros(T, dtype=torch.float64)
@@ -196,7 +205,7 @@ class Distiller(Trainer):
         self.further_batches = [self.make_batches(p, stream) for stream in (1, 2, 3)]
         discriminator: nn.Module = Discriminator(unet).to(self.accelerator.device)
         optimizer.add_param_group({"params": list(discriminator.parameters()), "lr": args.discriminator_learning_rate})
-        discriminator = self.accelerator.prepare(discriminator)
+        self.further_networks = [discriminator]
         return AdversarialLoss(function, discriminator, args.penalty_weight, args.penalty_std)
 
     def micro_batches(self, step: int) -> Sequence[Any]:

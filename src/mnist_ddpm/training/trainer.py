@@ -85,13 +85,14 @@ class Trainer:
         unet = make_unet(unet_config, images, args, len(id2label) or None)
         unet = unet.to(accelerator.device, memory_format=torch.channels_last)
         optimizer = make_optimizer(unet, args)
+        self.further_networks: list[nn.Module] = []  # what is trained besides the U-Net
         self.loss = self.make_objective(unet, optimizer)
         # what gets saved and sampled from, without dropout
         published_unet = copy.deepcopy(unet).eval()
         self.pipeline = MNISTDDPMPipeline(unet=published_unet, scheduler=self.make_sampler(), id2label=id2label)
         self.ema = self._make_ema(unet) if args.use_ema else None
         self.learning_rates = [group["lr"] for group in optimizer.param_groups]
-        self.unet, self.optimizer = accelerator.prepare(unet, optimizer)
+        self.unet, self.optimizer, *_ = accelerator.prepare(unet, optimizer, *self.further_networks)
         accelerator.register_for_checkpointing(*filter(None, [self.ema]))
 
         unet_settings = {key: value for key, value in unet.config.items() if not key.startswith("_")}
@@ -144,7 +145,7 @@ class Trainer:
         return self.scheduler
 
     def make_objective(self, unet: nn.Module, optimizer: torch.optim.Optimizer) -> Objective:
-        """What is minimized; makes its batches too, and gives the optimizer what is trained besides the U-Net."""
+        """What is minimized; makes its batches too, and gives `further_networks` to the optimizer if there are any."""
         p = timestep_probabilities(self.args)
         self.batches = self.make_batches(p)
         return DiffusionLoss(self.scheduler, self.args.snr_gamma, self.accelerator.device, self.args.loss_type, p)
