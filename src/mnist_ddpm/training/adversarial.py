@@ -43,7 +43,7 @@ class Discriminator(nn.Module):
     def forward(
         self, x_t: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Logits `(B, heads, h, w)`, a map of the finest level's size for each head, of noisy images `(B, C, H, W)`."""
+        """Logits `(B, heads, h, w)`, maps of the finest level's size, of noisy images `(B, C, H, W)`."""
         with torch.autocast(x_t.device.type, enabled=False):  # as in the U-Net
             emb = self.time_embedding(timesteps, x_t.dtype)
             if self.class_embedding is not None:
