@@ -218,7 +218,7 @@ def test_each_network_gets_the_gradients_of_its_own_loss(classes):
     expected = torch.autograd.grad(loss, unet.parameters(), retain_graph=True, allow_unused=True)
     for weight, gradient in zip(unet.parameters(), expected, strict=True):
         torch.testing.assert_close(weight.grad, gradient)
-    changes = torch.cat([of[name, 0.1] - of[name, 0] for name in ("real", "fake")])
+    changes = torch.cat([of[name, 0.1][::4] - of[name, 0][::4] for name in ("real", "fake")])
     loss = relativistic_loss(of["real", 0], of["fake", 0]) + 2 * changes.square().mean()
     expected = torch.autograd.grad(loss, discriminator.parameters(), allow_unused=True)
     for weight, gradient in zip(discriminator.parameters(), expected, strict=True):

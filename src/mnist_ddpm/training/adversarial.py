@@ -18,6 +18,8 @@ from mnist_ddpm.training.arguments import require
 if TYPE_CHECKING:
     from mnist_ddpm.training.distillation import AdversarialBatch, ConsistencyFunction
 
+PENALTY_EVERY = 4  # images; on each, the penalty would make training 30 % slower
+
 
 class Discriminator(nn.Module):
     """A U-Net's way down and middle, with a 1 x 1 convolution at each level: how real each place of an image looks.
@@ -80,7 +82,7 @@ class AdversarialLoss:
 
     The generator's loss is `R(D(fake), D(real))`, the discriminator's `R(D(real), D(fake)) + w |D(x + s z) - D(x)|^2`,
     with R the relativistic loss and z noise. The last term is a penalty on the gradients of D at real and at generated
-    images (R1 and R2), approximated by a difference (arXiv 2501.08316, section 3.3).
+    images (R1 and R2), approximated by a difference (arXiv 2501.08316, section 3.3), for every fourth image.
 
     The sum is returned. The fake images of the second are detached, and so is D in the first: each network gets the
     gradients of its own loss, and one optimizer steps both.
@@ -111,17 +113,16 @@ class AdversarialLoss:
         fake = self.scheduler.add_noise(images, batch.fake_noise, real.timesteps)
         noisy_real = self.scheduler.add_noise(real.clean_images, real.noise, real.timesteps)
 
-        shift = self.penalty_std * batch.perturbation
-        seen = torch.cat([noisy_real, fake.detach()])
-        labels = [part.class_labels for part in (real, inputs) if part.class_labels is not None]
-        logits = self.discriminator(
-            torch.cat([seen, seen + shift.repeat(2, 1, 1, 1)]),
-            real.timesteps.repeat(4),
-            torch.cat(labels).repeat(2) if labels else None,
-        )
-        plain, shifted = logits.chunk(2)
-        of_real, of_fake = plain.chunk(2)
-        penalty = (shifted - plain).square().mean()
+        seen, timesteps = torch.cat([noisy_real, fake.detach()]), real.timesteps.repeat(2)
+        labels = None
+        if real.class_labels is not None and inputs.class_labels is not None:
+            labels = torch.cat([real.class_labels, inputs.class_labels])
+        logits = self.discriminator(seen, timesteps, labels)
+        of_real, of_fake = logits.chunk(2)
+        some = slice(None, None, PENALTY_EVERY)
+        shifted = seen[some] + self.penalty_std * batch.perturbation.repeat(2, 1, 1, 1)[some]
+        changes = self.discriminator(shifted, timesteps[some], None if labels is None else labels[some]) - logits[some]
+        penalty = changes.square().mean()
         loss_of_discriminator = relativistic_loss(of_real, of_fake) + self.penalty_weight * penalty
 
         frozen = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
