@@ -33,6 +33,21 @@ SCHEDULERS = {
 }
 """Short names of the schedulers that sample a pipeline, and their classes in this package or in diffusers."""
 
+AUTO = {7: "dpmsolver_multistep", 12: "dpmsolver_multistep", 30: "ddim"}
+"""Up to how many steps `"auto"` takes which scheduler, and `AUTO_BEYOND` for more: the lowest FID for the package's
+weights in `benchmarks/results/few_steps.json`."""
+AUTO_BEYOND = "ddpm"
+
+
+def auto_scheduler(num_inference_steps: int) -> str:
+    """The name in `SCHEDULERS` that `"auto"` stands for in so many steps."""
+    return next((name for most, name in AUTO.items() if num_inference_steps <= most), AUTO_BEYOND)
+
+
+def default_steps(scheduler: Any) -> int:
+    """How many steps to take where nobody says so: 50, or as many as suit a pipeline for few steps."""
+    return min(4, scheduler.config.original_inference_steps) if is_few_step(scheduler) else 50
+
 
 def make_scheduler(name: str, config: Any) -> Any:
     """Make the scheduler of a name in `SCHEDULERS` from the config of another, with the options that suit it.
@@ -62,14 +77,19 @@ def is_few_step(scheduler: Any) -> bool:
 
 
 def load_pipeline(
-    model: str | os.PathLike[str] | None = None, scheduler: str = "ddim", device: str | None = None
+    model: str | os.PathLike[str] | None = None,
+    scheduler: str = "ddim",
+    device: str | None = None,
+    num_inference_steps: int | None = None,
 ) -> MNISTDDPMPipeline:
     """Load a saved pipeline with the scheduler of a name in `SCHEDULERS`.
 
     Args:
         model: A folder or a Hub id; None for the pipeline that comes with the package.
-        scheduler: A name in `SCHEDULERS`.
+        scheduler: A name in `SCHEDULERS`; or `"auto"` for the one that is best at this number of steps, which for a
+            pipeline that was distilled to few steps is its own.
         device: Where to; None for a GPU if there is one.
+        num_inference_steps: How many steps `"auto"` is for, by default `default_steps`.
 
     Raises:
         ValueError: If there is no such pipeline or scheduler, or the pipeline is damaged.
@@ -81,7 +101,10 @@ def load_pipeline(
         pipe = MNISTDDPMPipeline.from_pretrained(model, low_cpu_mem_usage=is_accelerate_available(), **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"model must be the folder or Hub id of a pipeline, got {model!r}. {error}") from error
-    pipe.scheduler = make_scheduler(scheduler, pipe.scheduler.config)
+    if scheduler == "auto" and not is_few_step(pipe.scheduler):
+        scheduler = auto_scheduler(num_inference_steps or default_steps(pipe.scheduler))
+    if scheduler != "auto":
+        pipe.scheduler = make_scheduler(scheduler, pipe.scheduler.config)
     pipe.to(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     return pipe
 
