@@ -125,7 +125,7 @@ def test_fourier_features_put_neighboring_gray_values_on_opposite_sides():
     assert (points[:, 1:] - points[:, :-1]).norm(dim=0).min() > 1.9
 
 
-@pytest.mark.parametrize("channels", [(8, 16), (24, 40), (30, 60), (4,), (8, 16, 32)])
+@pytest.mark.parametrize("channels", [(8, 16), (24, 40), (30, 60), (4,), (5, 9), (8, 16, 32)])
 def test_any_channels_fit_the_defaults(channels):
     MNISTUNet2DModel(sample_size=8, block_out_channels=channels)(images(2, 1, 8, 8), 3)
     kinds = ["AttnDownBlock2D"] * len(channels)
@@ -133,25 +133,20 @@ def test_any_channels_fit_the_defaults(channels):
     assert {m.heads for m in unet.modules() if isinstance(m, SelfAttention)} == {1}
 
 
-def test_the_gain_map_adds_to_each_pixel_in_proportion_to_its_distance_from_black():
-    unet, x = tiny_unet(out_channels=2), images(2, 1, 8, 8)
-    h, emb = images(2, 8, 4, 4), images(2, unet.gain_map.log_scale.in_features)
-    gain = torch.nn.functional.pixel_shuffle(unet.gain_map.conv(h), 2)
-    scale = torch.exp(unet.gain_map.log_scale(emb)).view(2, 1, 1, 1)
-    torch.testing.assert_close(unet.gain_map(h, emb, x), scale * gain * (x + 1))
-    assert unet.gain_map(h, emb, -torch.ones_like(x)).abs().max() == 0
-
-
-def test_the_gain_map_can_tell_black_pixels_from_gray_ones():
-    """With features that say which pixels are black, it gives the best v of low noise: (x + 1) / std, or 0."""
-    std, gain_map = 0.006, MNISTUNet2DModel(**TINY, patch_size=1).gain_map
-    black = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1)) < 0.8
-    h = torch.cat([black.float(), torch.zeros(1, 7, 8, 8)], dim=1)
-    torch.nn.init.dirac_(gain_map.conv.weight)
-    torch.nn.init.constant_(gain_map.log_scale.bias, -math.log(std))
-    x = std * images(1, 1, 8, 8) - 1
-    v = gain_map(h, torch.zeros(1, gain_map.log_scale.in_features), x)
-    torch.testing.assert_close(v, torch.where(black, images(1, 1, 8, 8), 0.0), rtol=0, atol=1e-4)
+def test_the_gain_map_can_learn_bayes_rule_for_pixels_that_are_exactly_black():
+    """Black with prior probability p, or any gray: the best v is (x + 1) / std times the posterior probability."""
+    std, p, gain_map = 0.006, 0.8, MNISTUNet2DModel(**TINY, patch_size=1).gain_map
+    x = torch.linspace(-1.05, -0.9, 64).view(1, 1, 8, 8)
+    if_black = torch.distributions.Normal(-1.0, std).log_prob(x.double()).exp()
+    posterior = p * if_black / (p * if_black + (1 - p) * 0.5)  # gray levels are uniform in [-1, 1]
+    black_g, _, black_a, _ = range(4)
+    with torch.no_grad():
+        gain_map.conv.bias[black_g] = 1.0
+        gain_map.conv.bias[black_a] = math.log(p / ((1 - p) * 0.5) / (std * math.sqrt(2 * math.pi)))
+        gain_map.log_scale.bias[black_g] = -math.log(std)
+        gain_map.log_scale.bias[black_a] = -math.log(2 * std**2)
+    v = gain_map(torch.zeros(1, 8, 8, 8), torch.zeros(1, gain_map.log_scale.in_features), x)
+    torch.testing.assert_close(v.double(), posterior * (x.double() + 1) / std, rtol=1e-3, atol=1e-3)
 
 
 def test_under_autocast_the_first_and_the_last_layers_stay_in_float32():
@@ -177,7 +172,6 @@ def test_return_dict():
     [
         ({"sample_size": 10}, "sample_size"),
         ({"sample_size": (8, 10)}, "sample_size"),
-        ({"block_out_channels": (7, 14), "norm_num_groups": 7}, "block_out_channels"),
         ({"down_block_types": ("DownBlock2D",)}, "down_block_types"),
         ({"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}, "down_block_types"),
         ({"attention_head_dim": 5}, "attention_head_dim"),
@@ -366,7 +360,7 @@ def test_layerwise_casting_keeps_norms_and_time_in_full_precision():
     expected = unet(x, 3).sample
     unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     kept = {name for name, p in unet.named_parameters() if p.dtype == torch.float32}
-    in_full = ("norm", "time_embedding", "class_embedding")
+    in_full = ("norm", "time_embedding", "class_embedding", "gain_map")
     assert kept == {name for name, _ in unet.named_parameters() if any(part in name for part in in_full)}
     actual = unet(x, 3).sample
     # float8_e4m3fn has 3 bits of mantissa
