@@ -137,7 +137,8 @@ def few_steps(results: dict[str, Result]) -> str:
     return (
         f"FID of {result['settings']['num_images']:,} samples of the package's weights, by the evaluations of the "
         f"network that a sample takes\n(real-data baseline: {result['floor']['fid']:.2f}). Bold: the lowest of a "
-        f"column.\n\n{table(['', *columns], rows)}\n\n{origins(results)}"
+        f"column.\n\n{table(['', *columns], rows)}\n\n"
+        f"![FID over evaluations, a line for each sampler](few_steps.png)\n\n{origins(results)}"
     )
 
 

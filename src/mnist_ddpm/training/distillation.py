@@ -117,7 +117,9 @@ class DistillationArguments(TrainingArguments):
     num_levels: int = _arg(
         4, "Timesteps at which the student is trained, equally spaced: the most steps that it can take.", COUNT
     )
-    first_level_share: float = _arg(0.7, "Share of the training at the last of them, T - 1: pure noise.", FRACTION)
+    first_level_share: float = _arg(
+        0.7, "Share of the adversarial training at the last of them, T - 1: pure noise.", FRACTION
+    )
     discriminator_learning_rate: float = _arg(2e-4, "Of the discriminator.", POSITIVE)
     discriminator_noise: float = _arg(
         0.5, "The discriminator sees images at timesteps t, uniform below this share of T.", FRACTION
