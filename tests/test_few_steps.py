@@ -7,7 +7,8 @@ import pytest
 import readme_tables
 import torch
 
-from mnist_ddpm import MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
+from mnist_ddpm import PRETRAINED_FEW_STEP, MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
+from mnist_ddpm.metrics import ClassifierFeatures, class_scores, extract_features
 from mnist_ddpm.sampling import sample_tensor
 
 
@@ -80,3 +81,18 @@ def test_the_table_and_the_lines_name_the_best(run, tmp_path):
     for line, n in zip(lines, ("3", "5"), strict=True):
         best = min(cells, key=lambda name: cells[name][n]["fid"])
         assert line.startswith(f"- {n}: {best} (FID ")
+
+
+@pytest.mark.skipif(not PRETRAINED_FEW_STEP.exists(), reason="no student has been packaged yet")
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_packaged_student_draws_digits_of_many_kinds(steps):
+    files = [path for path in PRETRAINED_FEW_STEP.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 4.2e6
+    assert {path.suffix for path in files} <= {".json", ".md", ".safetensors"}
+    pipe = MNISTDDPMPipeline.from_pretrained(PRETRAINED_FEW_STEP)
+    assert pipe.unet.dtype == torch.float32
+    images = sample_tensor(pipe, 50, num_inference_steps=steps)
+    classifier = ClassifierFeatures.from_pretrained()
+    scores = class_scores(classifier.logits(extract_features(classifier, images)))
+    assert scores["confident_share"] > 0.6  # noise is all of one class
+    assert sum(share > 0 for share in scores["class_shares"]) >= 7
