@@ -30,15 +30,23 @@ STUDENT_STEPS = (1, 2, 4)
 
 
 class Row(NamedTuple):
-    """A sampler: its scheduler's class and options; evaluations a step, where that isn't 1."""
+    """A sampler: its scheduler's class and options; evaluations a step, and the first timestep, where it's another."""
 
     scheduler_class: Any
     options: dict[str, Any]
     order: int = 1
+    first_timestep: int | None = None
 
     def num_inference_steps(self, evaluations: int) -> int:
         """The most steps for so many evaluations: a step of Heun's method takes 2, its last 1."""
         return (evaluations + self.order - 1) // self.order
+
+    def call(self, evaluations: int) -> dict[str, Any]:
+        """What the pipeline is called with: a number of steps, or the timesteps from the first one on."""
+        steps = self.num_inference_steps(evaluations)
+        if self.first_timestep is None:
+            return {"num_inference_steps": steps}
+        return {"timesteps": [(self.first_timestep + 1) * n // steps - 1 for n in range(steps, 0, -1)]}
 
 
 # all keep the spacing "trailing" of the package's weights: the first timestep is T - 1, where the noise is pure
@@ -47,8 +55,8 @@ ROWS = {
     "DDPM, variance beta_t": Row(MNISTDDPMScheduler, {"variance_type": "fixed_large"}),
     "DDIM": Row(MNISTDDIMScheduler, {"clip_sample": False}),
     "Euler": Row(EulerDiscreteScheduler, {}),
-    "Euler, Karras sigmas": Row(EulerDiscreteScheduler, {"use_karras_sigmas": True}),
     "Heun, Karras sigmas": Row(HeunDiscreteScheduler, {"use_karras_sigmas": True}, order=2),
+    "Heun, from t = 979": Row(HeunDiscreteScheduler, {}, order=2, first_timestep=979),
     "DPM-Solver++ 2M": Row(DPMSolverMultistepScheduler, {"solver_order": 2}),
     "DPM-Solver++ 2M, Karras sigmas": Row(DPMSolverMultistepScheduler, {"solver_order": 2, "use_karras_sigmas": True}),
     "DPM-Solver++ 2M, last step Euler": Row(DPMSolverMultistepScheduler, {"solver_order": 2, "euler_at_final": True}),
@@ -76,8 +84,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def score(pipe: MNISTDDPMPipeline, quality: Quality, steps: int) -> dict[str, float]:
-    """The scores of a pipeline in so many steps, with the evaluations of its U-Net that an image took."""
+def score(pipe: MNISTDDPMPipeline, quality: Quality, call: dict[str, Any]) -> dict[str, Any]:
+    """The scores of a pipeline that is called so, with the evaluations of its U-Net that an image took."""
     calls = 0
 
     def count(*_: Any) -> None:
@@ -86,11 +94,11 @@ def score(pipe: MNISTDDPMPipeline, quality: Quality, steps: int) -> dict[str, fl
 
     hook = pipe.unet.register_forward_hook(count)
     try:
-        scores = quality(pipe, bf16=True, num_inference_steps=steps)
+        scores = quality(pipe, bf16=True, **call)
     finally:
         hook.remove()
     num_batches = -(-quality.num_images // quality.batch_size)
-    return {**scores, "num_inference_steps": steps, "evaluations": calls / num_batches}
+    return {**scores, **call, "evaluations": calls / num_batches}
 
 
 def picture(result: dict[str, Any], path: Path) -> None:
@@ -133,10 +141,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if args.output.exists():  # of a student that this run doesn't name
         result["student"] = json.loads(args.output.read_text(encoding="utf-8")).get("student")
 
-    def fill(name: str, evaluations: int, of: MNISTDDPMPipeline, steps: int) -> None:
+    def fill(name: str, evaluations: int, of: MNISTDDPMPipeline, call: dict[str, Any]) -> None:
         cells = result["few_steps"].setdefault(name, {})
         if str(evaluations) not in cells:
-            cells[str(evaluations)] = cell = score(of, quality, steps)
+            cells[str(evaluations)] = cell = score(of, quality, call)
             print(f"{name:34} {cell['evaluations']:4g} evaluations  FID {cell['fid']:8.2f}", flush=True)
             write_json(result, args.output)
 
@@ -147,12 +155,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             result["few_steps"].pop(STUDENT, None)
         result["student"] = digest
         for steps in STUDENT_STEPS:
-            fill(STUDENT, steps, student, steps)
+            fill(STUDENT, steps, student, {"num_inference_steps": steps})
     config = pipe.scheduler.config
     for evaluations in sorted(args.evaluations):
         for name, row in ROWS.items():
             pipe.scheduler = row.scheduler_class.from_config(config, **row.options)
-            fill(name, evaluations, pipe, row.num_inference_steps(evaluations))
+            fill(name, evaluations, pipe, row.call(evaluations))
     write_json(result, args.output)
     picture(result, args.picture)
     return result

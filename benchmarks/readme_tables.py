@@ -87,6 +87,15 @@ def training(results: dict[str, Result]) -> str:
     )
 
 
+def distillation(results: dict[str, Result]) -> str:
+    """The run that made the student of the package, by `benchmarks/training_curve.py`."""
+    (result,) = (result["distillation"] for result in results.values())
+    return (
+        f"{result['images']:,} images in {result['steps']:,} steps and {result['seconds'] / 60:.0f} minutes, "
+        f"{result['images_per_second']} images per second.\n\n- `{result['command']}` ({result['machine']})"
+    )
+
+
 def scheduler_step(results: dict[str, Result]) -> str:
     """Times by `benchmarks/scheduler_step.py`: a row for a scheduler and a shape, a column for a kind of work."""
     (result,) = results.values()
@@ -305,6 +314,7 @@ def comparison(results: dict[str, Result]) -> str:
 SECTIONS = {
     "comparison": ("contenders", comparison),
     "training": ("training", training),
+    "distillation": ("distillation", distillation),
     "scores": ("scores", scores),
     "race": ("contenders", time_to_quality),
     "schedulers": ("schedulers", schedulers),

@@ -56,6 +56,9 @@ def test_evaluations_are_those_of_the_network(run):
             assert cell["evaluations"] >= int(budget) - (name.startswith("Heun"))
     heun = result["few_steps"]["Heun, Karras sigmas"]
     assert [cell["num_inference_steps"] for cell in heun.values()] == [3, 4]
+    later = result["few_steps"]["Heun, from t = 979"]
+    assert [cell["timesteps"][0] for cell in later.values()] == [979, 979]
+    assert [len(cell["timesteps"]) for cell in later.values()] == [3, 4]
 
 
 def test_a_run_resumes_and_takes_in_a_student(run, tmp_path):
