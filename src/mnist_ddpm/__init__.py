@@ -1,4 +1,4 @@
-"""Unconditional diffusion on MNIST: DDPM and DDIM for Hugging Face diffusers."""
+"""DDPM and DDIM for Hugging Face diffusers: images of MNIST from noise, with labels and without."""
 
 from pathlib import Path
 

@@ -38,7 +38,6 @@ library_name: diffusers
 pipeline_tag: unconditional-image-generation
 license: apache-2.0
 tags:
-- unconditional-image-generation
 - diffusion
 - ddpm
 - ddim
@@ -266,6 +265,7 @@ def write_card(
     data: Any = card.data
     sections = []
     if classes:
+        data.tags = [*(data.tags or []), "class-conditional"]
         sections.append(CLASSES.format(names=", ".join(classes), name=json.dumps(classes[0], ensure_ascii=False)))
     if command:
         sections.append(f"## Training\n\n```bash\n{shlex.join(_public_words(command))}\n```")
@@ -359,7 +359,7 @@ def _pushing_to(repo_id: str, token: str | None, advice: str = "") -> Iterator[N
         yield
     except Exception as error:  # whatever the network, the server and the client can do
         status = getattr(getattr(error, "response", None), "status_code", None)
-        remedy = REMEDIES.get(status and min(status, 500), "the Hub refused: check the name")
+        remedy = REMEDIES.get(status and min(status, 500), "the Hub rejected it: check the name")
         first, *_ = str(error).strip().splitlines() or [""]
         details = f"{type(error).__name__}: {first} {getattr(error, 'server_message', None) or ''}".strip()
         reason = str(error) if isinstance(error, ValueError) else f"{remedy} ({details})"

@@ -105,7 +105,7 @@ class PixelGain(nn.Module):
     def forward(self, h: torch.Tensor, emb: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """Map the last features, the time embedding and samples `(B, C, H, W)` to what they add, `(B, C, H, W)`."""
         maps = F.pixel_shuffle(self.conv(h), self.patch_size)
-        g, a = maps.unflatten(1, (2, 2, -1)).unbind(1)  # (B, levels, C, H, W)
+        g, a = maps.reshape(len(sample), 2, 2, *sample.shape[1:]).unbind(1)  # (B, levels, C, H, W)
         s, k = self.log_scale(emb).unflatten(1, (2, 2))[..., None, None, None].unbind(1)  # (B, levels, 1, 1, 1)
         u = sample[:, None] - self.levels.view(2, 1, 1, 1)
         return (s.exp() * g * torch.sigmoid(a - k.exp() * u.square()) * u).sum(dim=1)
