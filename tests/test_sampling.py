@@ -15,7 +15,6 @@ from tqdm import TqdmWarning
 from mnist_ddpm import PRETRAINED, MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
 from mnist_ddpm.sampling import (
     AUTO,
-    AUTO_BEYOND,
     SCHEDULERS,
     auto_scheduler,
     default_steps,
@@ -95,12 +94,20 @@ def test_heun_takes_small_steps_at_high_noise():
 
 
 def test_auto_goes_by_the_number_of_steps(model):
-    for steps in (1, 7, 8, 20, 50, 1000):
-        name = auto_scheduler(steps)
-        assert name == next((AUTO[most] for most in sorted(AUTO) if steps <= most), AUTO_BEYOND)
+    assert sorted(AUTO) == list(AUTO)
+    names = list(AUTO.values())
+    assert [auto_scheduler(most) for most in AUTO] == names
+    assert [auto_scheduler(1), auto_scheduler(10**6)] == [names[0], names[-1]]
         scheduler = load_pipeline(model, "auto", "cpu", steps).scheduler
         assert type(scheduler).__name__ == SCHEDULERS[name]
     assert type(load_pipeline(model, "auto", "cpu").scheduler).__name__ == SCHEDULERS[auto_scheduler(50)]
+
+
+def test_auto_clips_where_noise_is_predicted(tmp_path):
+    small_pipeline(beta_schedule="cosine").save_pretrained(tmp_path)
+    pipe = load_pipeline(tmp_path, "auto", "cpu", 3)
+    assert pipe.scheduler.config.clip_sample
+    assert auto_scheduler(3, "epsilon") == "ddim"
 
 
 def test_a_pipeline_for_few_steps_keeps_its_scheduler_unless_another_is_named(tmp_path):

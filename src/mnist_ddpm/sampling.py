@@ -33,15 +33,20 @@ SCHEDULERS = {
 }
 """Short names of the schedulers that sample a pipeline, and their classes in this package or in diffusers."""
 
-AUTO = {7: "dpmsolver_multistep", 12: "dpmsolver_multistep", 30: "ddim"}
-"""Up to how many steps `"auto"` takes which scheduler, and `AUTO_BEYOND` for more: the lowest FID for the package's
-weights in `benchmarks/results/few_steps.json`."""
-AUTO_BEYOND = "ddpm"
+AUTO = {20: "unipc", 1000: "ddpm"}
+"""Up to how many steps `"auto"` takes which scheduler: the one of the lowest FID for the package's weights in
+`benchmarks/results/few_steps.json`."""
 
 
-def auto_scheduler(num_inference_steps: int) -> str:
-    """The name in `SCHEDULERS` that `"auto"` stands for in so many steps."""
-    return next((name for most, name in AUTO.items() if num_inference_steps <= most), AUTO_BEYOND)
+def auto_scheduler(num_inference_steps: int, prediction_type: str = "v_prediction") -> str:
+    """The name in `SCHEDULERS` that `"auto"` stands for in so many steps.
+
+    For a model that predicts noise it is DDIM, which clips x0_hat: solvers don't, and in the first step, from a
+    signal near 0, an error would grow without bound.
+    """
+    if prediction_type == "epsilon":
+        return "ddim"
+    return next((name for most, name in AUTO.items() if num_inference_steps <= most), [*AUTO.values()][-1])
 
 
 def default_steps(scheduler: Any) -> int:
@@ -102,7 +107,8 @@ def load_pipeline(
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"model must be the folder or Hub id of a pipeline, got {model!r}. {error}") from error
     if scheduler == "auto" and not is_few_step(pipe.scheduler):
-        scheduler = auto_scheduler(num_inference_steps or default_steps(pipe.scheduler))
+        steps = num_inference_steps or default_steps(pipe.scheduler)
+        scheduler = auto_scheduler(steps, pipe.scheduler.config["prediction_type"])
     if scheduler != "auto":
         pipe.scheduler = make_scheduler(scheduler, pipe.scheduler.config)
     pipe.to(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
