@@ -98,8 +98,8 @@ def test_auto_goes_by_the_number_of_steps(model):
     names = list(AUTO.values())
     assert [auto_scheduler(most) for most in AUTO] == names
     assert [auto_scheduler(1), auto_scheduler(10**6)] == [names[0], names[-1]]
-        scheduler = load_pipeline(model, "auto", "cpu", steps).scheduler
-        assert type(scheduler).__name__ == SCHEDULERS[name]
+    for steps, name in AUTO.items():
+        assert type(load_pipeline(model, "auto", "cpu", steps).scheduler).__name__ == SCHEDULERS[name]
     assert type(load_pipeline(model, "auto", "cpu").scheduler).__name__ == SCHEDULERS[auto_scheduler(50)]
 
 

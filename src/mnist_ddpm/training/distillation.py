@@ -178,17 +178,13 @@ class Distiller(Trainer):
         }
         super().__init__(replace(args, **same))
 
-    def make_scheduler(self) -> MNISTDDPMScheduler:
+    def make_scheduler(self) -> Any:
         """The teacher's."""
-        scheduler: MNISTDDPMScheduler = MNISTDDPMScheduler.from_pretrained(self.args.init_from, subfolder="scheduler")
-        return scheduler
+        return MNISTDDPMScheduler.from_pretrained(self.args.init_from, subfolder="scheduler")
 
-    def make_sampler(self) -> LCMScheduler:
+    def make_sampler(self) -> Any:
         """The scheduler whose timesteps are those that the student is trained at."""
-        sampler: LCMScheduler = LCMScheduler.from_config(
-            self.scheduler.config, original_inference_steps=self.args.num_levels
-        )
-        return sampler
+        return LCMScheduler.from_config(self.scheduler.config, original_inference_steps=self.args.num_levels)
 
     def make_objective(self, unet: nn.Module, optimizer: torch.optim.Optimizer) -> Objective:
         """The chosen loss; the discriminator joins the optimizer."""

@@ -5,9 +5,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import set_seed
@@ -37,11 +37,8 @@ REPORT_STEPS = 10  # steps from one look at the losses to the next; a look waits
 logger = logging.getLogger(__name__)
 
 
-class Objective(Protocol):
-    """What a run minimizes."""
-
-    def __call__(self, unet: Any, batch: Any) -> torch.Tensor:
-        """The loss of a U-Net on a micro-batch, a float32 scalar; what else it trains gets its gradients from it."""
+# the loss of a U-Net on a micro-batch, a float32 scalar; further networks get their gradients from it too
+Objective = Callable[[Any, Any], torch.Tensor]
 
 
 class Trainer:
@@ -125,11 +122,11 @@ class Trainer:
             f"{accelerator.mixed_precision}, torch.compile {compilation}"
         )
 
-    def make_scheduler(self) -> MNISTDDPMScheduler:
+    def make_scheduler(self) -> Any:
         """The scheduler that adds the noise."""
         args = self.args
         betas = log_snr_betas(args.ddpm_num_steps, *args.ddpm_log_snr).tolist() if args.ddpm_log_snr else None
-        scheduler: MNISTDDPMScheduler = MNISTDDPMScheduler(
+        return MNISTDDPMScheduler(
             num_train_timesteps=args.ddpm_num_steps,
             beta_schedule=args.ddpm_beta_schedule,
             trained_betas=betas,
@@ -138,7 +135,6 @@ class Trainer:
             # v needs no clipping, which lifts black pixels (docs/theory.md); the bound is that of a clipped x0_hat
             clip_sample=args.prediction_type != "v_prediction" or args.loss_type != "simple",
         )
-        return scheduler
 
     def make_sampler(self) -> Any:
         """The scheduler that the pipeline is saved with."""
