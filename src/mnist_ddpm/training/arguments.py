@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import cache
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -174,7 +173,7 @@ class TrainingArguments:
 
     def __post_init__(self) -> None:
         """Check each argument by itself, and those that depend on each other."""
-        for name, meaning in arguments().items():
+        for name, meaning in arguments(type(self)).items():
             value = getattr(self, name)
             if value is None:
                 continue
@@ -224,12 +223,11 @@ class Argument(NamedTuple):
     flags: tuple[str, ...]
 
 
-@cache
-def arguments() -> dict[str, Argument]:
+def arguments(cls: type[TrainingArguments] = TrainingArguments) -> dict[str, Argument]:
     """All arguments by name, but for the command."""
-    hints = get_type_hints(TrainingArguments)
+    hints = get_type_hints(cls)
     described = {}
-    for f in fields(TrainingArguments):
+    for f in fields(cls):
         if f.metadata:
             options = get_args(hints[f.name])
             kind = options[options[0] is NoneType] if NoneType in options else hints[f.name]
