@@ -8,6 +8,7 @@ import html
 import io
 import os
 import random
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,7 @@ def figure(images: torch.Tensor, title: str, note: str = "") -> str:
         source = base64.b64encode(buffer.getvalue()).decode()
         name = f"{title}, picture {i} of {len(images)}"
         pictures.append(f'<img src="data:image/png;base64,{source}" alt="{html.escape(name)}">')
-    caption = f"<b>{html.escape(title)}</b> <span>{html.escape(note)}</span>"
+    caption = re.sub(r"_(\w)", r"<sub>\1</sub>", f"<b>{html.escape(title)}</b> <span>{html.escape(note)}</span>")
     return f'<figure><figcaption>{caption}</figcaption><div class="digits">{"".join(pictures)}</div></figure>'
 
 
@@ -46,7 +47,7 @@ def pair(frame: Frame) -> str:
     return (
         '<div class="pair">'
         + figure(frame.x_t, "Sample x_t", f"t = {frame.t}")
-        + figure(frame.x0_hat, "Predicted x_0", "what the model expects")
+        + figure(frame.x0_hat, "Predicted x_0", "what it may become")
         + "</div>"
     )
 
@@ -136,7 +137,7 @@ def look_between(row: torch.Tensor, k: float) -> str:
     if len(row) == 0:
         return hint("Interpolate first.")
     k = min(int(k), len(row) - 1)
-    return f'<div class="large">{figure(row[k : k + 1], f"Picture {k + 1} of {len(row)}")}</div>'
+    return figure(row[k : k + 1], f"Picture {k + 1} of {len(row)}")
 
 
 def compare(digit: str, seed: float) -> Iterator[str]:
@@ -168,28 +169,31 @@ def seed_box(value: int = 0, label: str = "Seed") -> gr.Number:
 
 def guidance_slider() -> gr.Slider:
     """How far the digit leads."""
-    return gr.Slider(1, 5, 1, step=0.1, label="Guidance (1: none)", visible=CLASSES > 0)
+    return slider(1, 5, 1, "Guidance (1: none)", step=0.1, visible=CLASSES > 0)
+
+
+def slider(least: float, most: float, value: float, label: str, step: float = 1, **options: Any) -> gr.Slider:
+    """A slider with its number beside it."""
+    return gr.Slider(least, most, value, step=step, label=label, buttons=[], **options)
 
 
 def draw_tab() -> None:
     """Draw from noise."""
     frames = gr.State([])
     with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=280):
+        with gr.Column(scale=1, min_width=280):
             digit = digit_buttons("Digit")
             guidance = guidance_slider()
-            with gr.Row():
-                count = gr.Slider(1, 16, 8, step=1, label="Number of pictures", min_width=120)
-                steps = gr.Slider(1, 100, 50, step=1, label="Steps", min_width=120)
-            with gr.Row():
-                scheduler = gr.Dropdown(list(SCHEDULERS), value="DDIM", label="Scheduler", min_width=120)
-                seed = seed_box()
+            steps = slider(1, 100, 50, "Steps")
+            count = slider(1, 16, 8, "Number of pictures")
+            scheduler = gr.Radio(list(SCHEDULERS), value="DDIM", label="Scheduler", elem_classes="buttons")
+            seed = seed_box()
             with gr.Row():
                 start = gr.Button("Draw", variant="primary", min_width=100)
                 stop = gr.Button("Stop", min_width=100)
-        with gr.Column(scale=3, min_width=280):
+        with gr.Column(scale=2, min_width=280):
             pictures = gr.HTML(FIRST)
-            back = gr.Slider(0, 1, 0, step=1, label="Go through the steps", interactive=False)
+            back = slider(0, 1, 0, "Go back through the steps", interactive=False)
     inputs = [digit, guidance, scheduler, steps, seed, count]
     run = start.click(draw, inputs, [pictures, back, frames], show_progress="hidden")
     stop.click(None, cancels=run)
@@ -199,30 +203,31 @@ def draw_tab() -> None:
 def complete_tab() -> None:
     """Complete what is on the canvas."""
     with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=280):
+        with gr.Column(scale=1, min_width=280):
             canvas = gr.HTML(
                 html_template=(HERE / "canvas.html").read_text(encoding="utf-8"),
                 js_on_load=(HERE / "canvas.js").read_text(encoding="utf-8"),
                 elem_classes="pad",
             )
-            gr.Markdown("Draw a stroke: the blue is filled in. Or take a digit and erase a part of it.")
+            gr.Markdown("Draw a stroke: the blue is filled in. Or take a digit, and erase a part of it.")
+            take = gr.Button("Take a digit")
             digit = digit_buttons("Digit")
             guidance = guidance_slider()
             how = gr.Radio(
                 [("Fill in the blue (inpainting)", "fill"), ("Redraw it all (image to image)", "redraw")],
                 value="fill",
                 label="How",
+                elem_classes="buttons",
             )
+            strength = slider(0.1, 1, 0.6, "Strength", step=0.05, visible=False)
+            seed = seed_box()
             with gr.Row():
-                strength = gr.Slider(0.1, 1, 0.6, step=0.05, label="Strength of redrawing", min_width=120)
-                seed = seed_box()
-            with gr.Row():
-                take = gr.Button("Take a digit", min_width=100)
                 start = gr.Button("Complete", variant="primary", min_width=100)
                 stop = gr.Button("Stop", min_width=100)
-        with gr.Column(scale=3, min_width=280):
-            pictures = gr.HTML(hint("Eight completions will be here."))
+        with gr.Column(scale=2, min_width=280):
+            pictures = gr.HTML(hint("Eight completions will be here."), elem_classes="completions")
     run = start.click(fill_in, [canvas, how, strength, digit, guidance, seed], pictures, show_progress="hidden")
+    how.change(lambda how: gr.Slider(visible=how == "redraw"), how, strength, show_progress="hidden")
     taken = take.click(digit_for_canvas, digit, canvas, show_progress="hidden")
     stop.click(None, cancels=[run, taken])
 
@@ -231,21 +236,20 @@ def between_tab() -> None:
     """Between two digits."""
     row = gr.State([])
     with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=280):
+        with gr.Column(scale=1, min_width=280):
             digit_a = digit_buttons("First digit")
-            seed_a = seed_box(4, "Seed of the first")
+            seed_a = seed_box(12, "Seed of the first")
             digit_b = digit_buttons("Second digit")
-            seed_b = seed_box(5, "Seed of the second")
-            with gr.Row():
-                count = gr.Slider(3, 12, 8, step=1, label="Number of pictures", min_width=120)
-                steps = gr.Slider(10, 50, 20, step=1, label="Steps", min_width=120)
+            seed_b = seed_box(6, "Seed of the second")
+            steps = slider(10, 50, 20, "Steps")
+            count = slider(3, 12, 8, "Number of pictures")
             with gr.Row():
                 start = gr.Button("Interpolate", variant="primary", min_width=100)
                 stop = gr.Button("Stop", min_width=100)
-        with gr.Column(scale=3, min_width=280):
+        with gr.Column(scale=2, min_width=280):
             pictures = gr.HTML(hint("The way from one digit to another will be here."))
-            along = gr.Slider(0, 1, 0, step=1, label="Go along the way", interactive=False)
-            large = gr.HTML()
+            along = slider(0, 1, 0, "Go along the way", interactive=False)
+            large = gr.HTML(elem_classes="large")
     inputs = [digit_a, seed_a, digit_b, seed_b, count, steps]
     run = start.click(interpolate, inputs, [pictures, along, row], show_progress="hidden")
     run.success(look_between, [row, along], large, show_progress="hidden")
@@ -256,14 +260,14 @@ def between_tab() -> None:
 def few_steps_tab() -> None:
     """The same noise in few steps."""
     with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=280):
+        with gr.Column(scale=1, min_width=280):
             digit = digit_buttons("Digit")
             seed = seed_box()
             with gr.Row():
                 start = gr.Button("Compare", variant="primary", min_width=100)
                 stop = gr.Button("Stop", min_width=100)
-        with gr.Column(scale=3, min_width=280):
-            pictures = gr.HTML(hint("The same noise in 1, 4, 10 and 50 steps will be here."))
+        with gr.Column(scale=2, min_width=280):
+            pictures = gr.HTML(hint("The same noise in 1, 4, 10 and 50 steps will be here."), elem_classes="few")
     run = start.click(compare, [digit, seed], pictures, show_progress="hidden")
     stop.click(None, cancels=run)
 
@@ -271,9 +275,7 @@ def few_steps_tab() -> None:
 def build() -> gr.Blocks:
     """The page: one tab for each thing to play with."""
     with gr.Blocks(title="MNIST from noise", analytics_enabled=False) as page:
-        gr.Markdown("# MNIST from noise\nA diffusion model draws digits, on this machine.")
-        if not CLASSES:
-            gr.Markdown("This model was trained without labels: it draws any digit, and can't be asked for one.")
+        gr.Markdown(f"# MNIST from noise\n{INTRODUCTION if CLASSES else UNCONDITIONAL}")
         for title, tab in (
             ("Draw from noise", draw_tab),
             ("Complete", complete_tab),
@@ -285,9 +287,22 @@ def build() -> gr.Blocks:
     return page.queue(default_concurrency_limit=4)
 
 
+INTRODUCTION = "A diffusion model draws digits. It starts from noise, and removes a little of it at each step."
+UNCONDITIONAL = f"{INTRODUCTION} This one was trained without labels: it can't be asked for a certain digit."
 FONT = ["system-ui", "sans-serif"]
 LAUNCH: dict[str, Any] = {
-    "theme": gr.themes.Soft(primary_hue="sky", neutral_hue="slate", font=FONT, font_mono=["ui-monospace", "monospace"]),
+    "theme": gr.themes.Soft(primary_hue="sky", neutral_hue="slate", font=FONT, font_mono=["monospace"]).set(
+        block_title_background_fill="transparent",
+        block_title_padding="0",
+        block_title_text_color="*body_text_color",
+        block_title_text_weight="500",
+        body_text_color_subdued="*neutral_600",
+        block_shadow="none",
+        checkbox_label_shadow="none",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        checkbox_label_background_fill_selected="*primary_700",
+    ),
     "css_paths": HERE / "app.css",
     "footer_links": [],
 }

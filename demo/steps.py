@@ -99,7 +99,7 @@ def complete(
     pipe: MNISTDDPMPipeline, canvas: torch.Tensor, num_images: int, digit: int | None, guidance_scale: float, seed: int
 ) -> Iterator[torch.Tensor]:
     """Fill in the open pixels, those below 0, of a canvas (H, W) of gray levels 0 to 255; two images at a time."""
-    inpaint = quiet(MNISTInpaintPipeline.from_pipe(pipe))
+    inpaint = quiet(MNISTInpaintPipeline(**pipe.components))
     options = {"num_inference_steps": 25, "jump_n_sample": 2, "mask_image": (canvas < 0).float()[None, None]}
     yield from _in_pairs(inpaint, canvas, num_images, digit, guidance_scale, seed, options)
 
@@ -114,13 +114,19 @@ def redraw(
     seed: int,
 ) -> Iterator[torch.Tensor]:
     """Images that resemble a canvas, whose open pixels are black; two at a time."""
-    edit = quiet(MNISTImg2ImgPipeline.from_pipe(pipe))
+    edit = quiet(MNISTImg2ImgPipeline(**pipe.components))
     options = {"num_inference_steps": 25, "strength": strength}
     yield from _in_pairs(edit, canvas, num_images, digit, guidance_scale, seed, options)
 
 
 def _in_pairs(
-    edit: Any, canvas: torch.Tensor, num_images: int, digit: int | None, scale: float, seed: int, options: dict[str, Any]
+    edit: Any,
+    canvas: torch.Tensor,
+    num_images: int,
+    digit: int | None,
+    scale: float,
+    seed: int,
+    options: dict[str, Any],
 ) -> Iterator[torch.Tensor]:
     """Edit a canvas in several ways, so that the first are there soon; yields uint8 (2, H, W)."""
     if digit is not None:
@@ -134,7 +140,7 @@ def _in_pairs(
 
 def between(pipe: MNISTDDPMPipeline, ends: torch.Tensor, num_images: int, num_steps: int) -> Iterator[Frame]:
     """From one image to another, uint8 (2, H, W), through the noise that makes them (arXiv 2010.02502, 5.3)."""
-    edit = quiet(MNISTImg2ImgPipeline.from_pipe(pipe))
+    edit = quiet(MNISTImg2ImgPipeline(**pipe.components))
     first, second = edit.invert(ends[:, None].float() / 255, num_steps).split(1)
     noise = torch.cat([slerp(first, second, i / (num_images - 1)) for i in range(num_images)])
     yield from denoise(pipe, noise, num_steps)

@@ -37,7 +37,7 @@ def page(browser):
         context.on("weberror", lambda error: errors.append(str(error.error)))
         page = context.new_page()
         page.on("websocket", lambda socket: urls.append(socket.url))
-        page.set_default_timeout(20_000)  # milliseconds
+        page.set_default_timeout(60_000)  # milliseconds
         yield page
         assert [url for url in urls if is_foreign(url)] == []
         assert errors == []
@@ -57,4 +57,5 @@ def unlabeled_controls(page) -> list[str]:
 def overflow(page, width: int = 360) -> int:
     """By how many pixels the page is wider than a phone's window of this width."""
     page.set_viewport_size({"width": width, "height": 740})
+    page.wait_for_timeout(500)  # milliseconds, in which scripts lay it out
     return page.evaluate("Math.max(0, document.scrollingElement.scrollWidth - window.innerWidth)")
