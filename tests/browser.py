@@ -57,5 +57,10 @@ def unlabeled_controls(page) -> list[str]:
 def overflow(page, width: int = 360) -> int:
     """By how many pixels the page is wider than a phone's window of this width."""
     page.set_viewport_size({"width": width, "height": 740})
-    page.wait_for_timeout(500)  # milliseconds, in which scripts lay it out
-    return page.evaluate("Math.max(0, document.scrollingElement.scrollWidth - window.innerWidth)")
+    too_wide = 0
+    for _ in range(20):  # until scripts have laid it out
+        page.wait_for_timeout(250)  # milliseconds
+        too_wide = page.evaluate("document.scrollingElement.scrollWidth - window.innerWidth")
+        if too_wide <= 0:
+            return 0
+    return too_wide
