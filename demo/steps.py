@@ -28,7 +28,7 @@ class Frame(NamedTuple):
 def packaged(name: str) -> Path | None:
     """The folder of weights that a name in `mnist_ddpm` stands for, if the package has them."""
     folder = getattr(mnist_ddpm, name, None)
-    return folder if folder is not None and folder.exists() else None
+    return folder if folder is not None and any(folder.rglob("*.safetensors")) else None
 
 
 def load_models() -> tuple[MNISTDDPMPipeline, MNISTDDPMPipeline | None]:
@@ -81,12 +81,17 @@ def denoise(
     sample = call._initial_noise(len(noise), None, noise)
     for t, scale in zip(call.scheduler.timesteps, scales, strict=True):
         output = call.scheduler.step(call._predict(sample, t, labels, scale), t, sample, **options)
-        x0_hat = getattr(output, "pred_original_sample", None)
-        if x0_hat is None:
-            x0_hat = call.scheduler.model_outputs[-1]  # of DPM-Solver++ and UniPC, which predict x_0
-        yield Frame(int(t), to_pixels(sample), to_pixels(x0_hat))
+        yield Frame(int(t), to_pixels(sample), to_pixels(_predicted(output, call.scheduler)))
         sample = output.prev_sample
     yield Frame(0, to_pixels(sample), to_pixels(sample))
+
+
+def _predicted(output: Any, scheduler: Any) -> torch.Tensor:
+    """The x_0 that a step was taken by."""
+    for name in ("pred_original_sample", "denoised"):  # DDPM and DDIM; LCM
+        if (x0_hat := getattr(output, name, None)) is not None:
+            return x0_hat
+    return scheduler.model_outputs[-1]  # DPM-Solver++ and UniPC
 
 
 def last(frames: Iterator[Frame]) -> torch.Tensor:
@@ -100,7 +105,7 @@ def complete(
 ) -> Iterator[torch.Tensor]:
     """Fill in the open pixels, those below 0, of a canvas (H, W) of gray levels 0 to 255; two images at a time."""
     inpaint = quiet(MNISTInpaintPipeline(**pipe.components))
-    options = {"num_inference_steps": 25, "jump_n_sample": 2, "mask_image": (canvas < 0).float()[None, None]}
+    options = {"num_inference_steps": 25, "jump_n_sample": 3, "mask_image": (canvas < 0).float()[None, None]}
     yield from _in_pairs(inpaint, canvas, num_images, digit, guidance_scale, seed, options)
 
 

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import steps
 import torch
+from diffusers import LCMScheduler
 
 from mnist_ddpm import PRETRAINED, MNISTDDPMPipeline, MNISTUNet2DModel
 from mnist_ddpm.sampling import image_generators, load_pipeline
@@ -38,6 +39,15 @@ def test_frames_end_with_the_images_of_the_pipeline(pipe, name):
     assert len(frames) == 7
     errors = [(frame.x0_hat.int() - frames[-1].x_t.int()).abs().float().mean() for frame in frames]
     assert errors[0] > errors[3] > errors[5]  # the prediction gets better
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_few_step_model_is_sampled_by_its_own_scheduler(pipe, num_steps):
+    few_steps = MNISTDDPMPipeline(pipe.unet, LCMScheduler.from_config(pipe.scheduler.config))
+    noise = steps.draw_noise(0, 2)
+    generator = image_generators(1, range(2))
+    images = few_steps(2, generator, noise, num_inference_steps=num_steps, output_type="pt").images
+    assert torch.equal(steps.last(steps.denoise(few_steps, noise, num_steps)), steps.to_pixels(images * 2 - 1))
 
 
 def test_digit_and_guidance_are_those_of_the_pipeline():
