@@ -133,7 +133,7 @@ def test_rejects_an_empty_canvas(address, page):
     page.get_by_text("The canvas is empty").wait_for()
     draw_stroke(page)
     click(page, "Clear")
-    page.get_by_role("button", name="Close").click()
+    page.get_by_role("button", name="Close", exact=True).click()
     click(page, "Complete")
     page.get_by_text("The canvas is empty").wait_for()
     assert "Traceback" not in page.content()
@@ -219,6 +219,7 @@ def test_each_control_has_a_label_and_the_page_fits_a_phone(address, page):
         page.get_by_role("button", name="Stop").filter(visible=True).wait_for()
         assert unlabeled_controls(page) == [], title
         assert overflow(page) == 0, title
+        assert unlabeled_controls(page) == [], title
 
 
 def test_digit_buttons_where_the_model_knows_digits(app, page, monkeypatch):
