@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "theory.md")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "theory", "labels")))
 SECTION = re.compile(r"<!-- (?P<name>\w+):begin -->\n.*?<!-- (?P=name):end -->", re.DOTALL)
 
 Result = dict[str, Any]
@@ -116,6 +116,42 @@ def noise_table(results: dict[str, Result]) -> str:
         f"FID of {result['settings']['num_images']} samples of the package's weights, by the number of steps "
         f"(real-data baseline: {result['floor']['fid']:.2f}):\n\n"
         f"{table(['', *(f'{n} steps' for n in steps)], rows)}\n\n{origins(results)}"
+    )
+
+
+def guidance(results: dict[str, Result]) -> str:
+    """Guidance by labels or by guides, by `benchmarks/guidance.py`: a row for a guide, an interval and a scale."""
+    (result,) = results.values()
+    rows = result.get("guides") or result["guidance"]
+    columns = {
+        "FID": ("fid", ".2f"),
+        "precision": ("precision", ".3f"),
+        "recall": ("recall", ".3f"),
+        "confidence >= 0.9": ("confident_share", ".1%"),
+    }
+    if "read_as_asked" in rows[0]:
+        columns["read as asked"] = ("read_as_asked", ".1%")
+
+    def cells(scores: Result) -> list[str]:
+        return [format(scores[name], digits) for name, digits in columns.values()]
+
+    def guide(row: Result) -> list[str]:
+        if "guides" not in result:
+            return []
+        if not row["guide"]:
+            return ["none", "", ""]
+        return [row["guide"], f"{2 * row['parameters'] / 1e6:.2f} MB", f"{row['relative_cost']:.2f}"]
+
+    head = ["guide", "in float16", "relative time"] if "guides" in result else []
+    lines = [
+        [*guide(row), f"{row['guidance_scale']:g}", "{:g} to {:g}".format(*row["guidance_interval"]), *cells(row)]
+        for row in rows
+    ]
+    lines.append(["real test images", *[""] * (len(head) + 1), *cells(result["floor"])])
+    settings = result["settings"]
+    return (
+        f"{settings['num_images']:,} samples each, {settings['num_inference_steps']} steps of "
+        f"`{settings['scheduler']}`:\n\n{table([*head, 'scale', 't / T', *columns], lines)}\n\n{origins(results)}"
     )
 
 
@@ -278,6 +314,8 @@ SECTIONS = {
     "likelihood": ("likelihood", likelihood),
     "schedules": ("runs", schedules),
     "sampling_noise": ("noise_table", noise_table),
+    "guidance": ("guidance", guidance),
+    "guides": ("guides", guidance),
 }
 
 

@@ -79,6 +79,7 @@ def test_files_that_published_repositories_copy_stand_alone(name):
     assert imported(PACKAGE / f"{name}.py", late=True) <= STANDALONE
 
 
+@pytest.mark.slow
 def test_import_brings_none_of_the_extras():
     code = "import sys, mnist_ddpm; print(*({'datasets', 'torchmetrics', 'tensorboard'} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
