@@ -4,6 +4,7 @@ import os
 import tempfile
 
 import pytest
+from browser import browser, page  # noqa: F401 - fixtures
 from loopback_hub import LoopbackHub
 
 HUB = LoopbackHub()
