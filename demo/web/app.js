@@ -8,8 +8,7 @@ const $ = (id) => document.getElementById(id);
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
 let models = [];
-let trajectory = []; // {t, x_t, x0_hat} of each step
-let shape = [1, 28, 28];
+let trajectory = { steps: [], shape: [] }; // {t, x_t, x0_hat} of each step, and the shape of an image
 let latest = 0; // the run that may draw; a newer one or Stop ends the others
 
 function say(message, isError = false) {
@@ -21,7 +20,7 @@ const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 
 // Images in [-1, 1] as gray levels, side by side in a square.
 function paint(canvas, images) {
-  const [, height, width] = shape;
+  const [, height, width] = trajectory.shape;
   const count = images.length / (height * width);
   const columns = Math.ceil(Math.sqrt(count));
   canvas.width = columns * width;
@@ -40,8 +39,9 @@ function paint(canvas, images) {
 
 // Show the step that the slider is at.
 function show() {
-  const step = Number($("step").value);
-  const { t, x_t, x0_hat } = trajectory[step];
+  const step = Math.min($("step").value, trajectory.steps.length - 1); // a run that was stopped has no more
+  const { t, x_t, x0_hat } = trajectory.steps[step];
+  $("step").value = step;
   const where = t < 0 ? "the end: images" : `step ${step + 1} of ${$("step").max}, t = ${t}`;
   paint($("x_t"), x_t);
   paint($("x0_hat"), x0_hat);
@@ -80,7 +80,7 @@ async function draw() {
     for await (const step of ddim(model, timesteps, noise, (x_t, t) => guided(network, x_t, t, labels, noLabel, guide))) {
       if (run !== latest) return;
       steps.push(step);
-      [trajectory, shape] = [steps, model.shape];
+      trajectory = { steps: steps, shape: model.shape };
       Object.assign($("step"), { max: timesteps.length, value: steps.length - 1, disabled: false });
       if (!calm.matches || step.t < 0) show();
     }
@@ -96,7 +96,7 @@ function stop() {
   latest++;
   $("stop").disabled = true;
   say("Stopped. The slider goes back through the steps so far.");
-  if (trajectory.length) show();
+  if (trajectory.steps.length) show();
 }
 
 // Show the controls that the chosen model has.
@@ -112,7 +112,8 @@ function fillControls() {
     const name = i < models.length - 1 ? " (few-step model)" : ""; // it stands first
     for (const n of Object.keys(model.timesteps)) $("steps").append(new Option(n + name, `${i}:${n}`));
   }
-  $("steps").value = models.length > 1 ? "0:1" : "0:10";
+  const isFew = models.length > 1;
+  [$("steps").value, $("count").value] = isFew ? ["0:1", "9"] : ["0:5", "4"]; // what is there in a second
   const { classes } = models.at(-1);
   for (const [value, name] of [["", "any"], ...classes.entries()]) {
     const label = document.createElement("label");
