@@ -42,7 +42,7 @@ function show() {
   const step = Math.min($("step").value, trajectory.steps.length - 1); // a run that was stopped has no more
   const { t, x_t, x0_hat } = trajectory.steps[step];
   $("step").value = step;
-  const where = t < 0 ? "the end: images" : `step ${step + 1} of ${$("step").max}, t = ${t}`;
+  const where = t < 0 ? "the end" : `step ${step + 1} of ${$("step").max}, t = ${t}`;
   paint($("x_t"), x_t);
   paint($("x0_hat"), x0_hat);
   $("x_t").setAttribute("aria-label", `Sample, ${where}`);
