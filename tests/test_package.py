@@ -71,7 +71,7 @@ def test_imports_are_declared(path):
 @pytest.mark.parametrize("folder", ["examples", "benchmarks", "docs", "tests"])
 def test_imports_outside_of_the_package_are_declared(folder):
     modules = set().union(*(imported(path, late=True) for path in (ROOT / folder).glob("*.py")))
-    assert distributions(modules) <= requirements("train", "eval", "benchmarks", "test").keys()
+    assert distributions(modules) <= requirements("train", "eval", "benchmarks", "onnx", "test").keys()
 
 
 @pytest.mark.parametrize("name", ["schedulers", "unet", "pipeline"])
@@ -90,5 +90,5 @@ def test_constraints_pin_every_requirement_within_its_bounds():
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     pinned = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
     assert pinned["torch"] == "2.13.0"
-    for name, requirement in requirements("train", "eval", "benchmarks", "test").items():
+    for name, requirement in requirements("train", "eval", "benchmarks", "onnx", "test").items():
         assert requirement.specifier.contains(pinned[name]), f"{name} {pinned[name]} is not {requirement.specifier}"
