@@ -62,7 +62,7 @@ def to_onnx(unet: Any, opset: int) -> Any:
         program = torch.export.export(
             Prediction().eval(),
             tuple(inputs.values()),
-            dynamic_shapes=[{0: torch.export.Dim("batch")}] * len(inputs),
+            dynamic_shapes=[{0: torch.export.Dim.AUTO}] * len(inputs),
             strict=True,  # without it, len(sample) would be a constant
         )
         names: Any = {"input_names": list(inputs), "output_names": ["out_sample"]}
