@@ -13,6 +13,7 @@ import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import export_onnx
 import numpy as np
 import pytest
 import torch
@@ -28,8 +29,6 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="needs pip install 
 WEB = Path(__file__).parents[1] / "demo" / "web"
 if not (WEB / "node_modules" / "onnxruntime-web").exists():
     pytest.skip("needs npm ci --prefix demo/web", allow_module_level=True)
-
-import export_onnx
 
 spec = importlib.util.spec_from_file_location("build_web", WEB / "build.py")
 build = importlib.util.module_from_spec(spec)
@@ -269,7 +268,8 @@ def test_formulas(page, site, serve, prediction_type, clip_sample):
     x_T = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     script = """async ([model, x_T]) => {
       const { ddim } = await import("./ddim.js");
-      const run = ddim(model, model.timesteps[7], Float32Array.from(x_T), async (x_t, t) => x_t.map((x) => Math.sin(x + t)));
+      const predict = async (x_t, t) => x_t.map((x) => Math.sin(x + t));
+      const run = ddim(model, model.timesteps[7], Float32Array.from(x_T), predict);
       const seen = [];
       for await (const { x_t } of run) seen.push(Array.from(x_t));
       return seen;

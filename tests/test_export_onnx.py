@@ -1,5 +1,6 @@
 """examples/export_onnx.py: the file gives PyTorch's outputs for any batch size, or there is no file."""
 
+import export_onnx
 import numpy as np
 import pytest
 import torch
@@ -9,8 +10,6 @@ from mnist_ddpm import MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
 onnx = pytest.importorskip("onnx", reason="needs pip install -e '.[onnx]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs pip install -e '.[onnx]'")
 pytest.importorskip("onnxscript", reason="needs pip install -e '.[onnx]'")
-
-import export_onnx
 
 
 def random_unet(**config):
