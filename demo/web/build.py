@@ -21,18 +21,24 @@ WASM = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")  # the smalles
 STEPS = (2, 5, 10, 20, 50)
 
 
+def packaged(name: str) -> Path | None:
+    """The folder of a pipeline that comes with the package, None if there is none of this name."""
+    folder = getattr(mnist_ddpm, name, None)
+    return folder if folder and (folder / "model_index.json").exists() else None
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("site"), help="Default: %(default)s.")
     parser.add_argument(
         "--model",
-        default=getattr(mnist_ddpm, "PRETRAINED_CONDITIONAL", mnist_ddpm.PRETRAINED),
+        default=packaged("PRETRAINED_CONDITIONAL") or mnist_ddpm.PRETRAINED,
         help="Folder or Hub id of a saved pipeline; by default the one in the package, that with classes if there is.",
     )
     parser.add_argument(
         "--few_step_model",
-        default=getattr(mnist_ddpm, "PRETRAINED_FEW_STEP", None),
+        default=packaged("PRETRAINED_FEW_STEP"),
         help="Folder or Hub id of a pipeline that samples in 1 step; by default the one in the package if there is.",
     )
     return parser.parse_args(argv)
