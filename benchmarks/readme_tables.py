@@ -12,7 +12,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "theory", "few_steps")))
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "theory", "labels", "few_steps")),
+)
 SECTION = re.compile(r"<!-- (?P<name>\w+):begin -->\n.*?<!-- (?P=name):end -->", re.DOTALL)
 
 Result = dict[str, Any]
@@ -154,15 +157,51 @@ def few_steps(results: dict[str, Result]) -> str:
 def few_steps_best(results: dict[str, Result]) -> str:
     """What wins at each number of evaluations by `benchmarks/few_steps.py`, a line each."""
     (result,) = results.values()
-    scored: dict[int, list[tuple[float, str, Result]]] = {}
-    for name, cells in result["few_steps"].items():
-        for n, cell in cells.items():
-            scored.setdefault(int(n), []).append((cell["fid"], name, cell))
+    of_samplers = result["few_steps"]
     lines = []
-    for n, of_samplers in sorted(scored.items()):
-        fid, name, cell = min(of_samplers, key=lambda scores: scores[0])
-        lines.append(f"- {n}: {name} (FID {fid:.2f}, {cell['samples_per_second']:.1f} samples per second)")
+    for n in sorted({n for cells in of_samplers.values() for n in cells}, key=int):
+        cell, name = min(
+            ((cells[n], name) for name, cells in of_samplers.items() if n in cells),
+            key=lambda scored: scored[0]["fid"],
+        )
+        lines.append(f"- {n}: {name} (FID {cell['fid']:.2f}, {cell['samples_per_second']:.1f} samples per second)")
     return "\n".join(lines)
+
+
+def guidance(results: dict[str, Result]) -> str:
+    """Guidance by labels or by guides, by `benchmarks/guidance.py`: a row for a guide, an interval and a scale."""
+    (result,) = results.values()
+    rows = result.get("guides") or result["guidance"]
+    columns = {
+        "FID": ("fid", ".2f"),
+        "precision": ("precision", ".3f"),
+        "recall": ("recall", ".3f"),
+        "confidence >= 0.9": ("confident_share", ".1%"),
+    }
+    if "read_as_asked" in rows[0]:
+        columns["read as asked"] = ("read_as_asked", ".1%")
+
+    def cells(scores: Result) -> list[str]:
+        return [format(scores[name], digits) for name, digits in columns.values()]
+
+    def guide(row: Result) -> list[str]:
+        if "guides" not in result:
+            return []
+        if not row["guide"]:
+            return ["none", "", ""]
+        return [row["guide"], f"{2 * row['parameters'] / 1e6:.2f} MB", f"{row['relative_cost']:.2f}"]
+
+    head = ["guide", "in float16", "relative time"] if "guides" in result else []
+    lines = [
+        [*guide(row), f"{row['guidance_scale']:g}", "{:g} to {:g}".format(*row["guidance_interval"]), *cells(row)]
+        for row in rows
+    ]
+    lines.append(["real test images", *[""] * (len(head) + 1), *cells(result["floor"])])
+    settings = result["settings"]
+    return (
+        f"{settings['num_images']:,} samples each, {settings['num_inference_steps']} steps of "
+        f"`{settings['scheduler']}`:\n\n{table([*head, 'scale', 't / T', *columns], lines)}\n\n{origins(results)}"
+    )
 
 
 def schedules(results: dict[str, Result]) -> str:
@@ -327,6 +366,8 @@ SECTIONS = {
     "sampling_noise": ("noise_table", noise_table),
     "few_steps": ("few_steps", few_steps),
     "few_steps_best": ("few_steps", few_steps_best),
+    "guidance": ("guidance", guidance),
+    "guides": ("guides", guidance),
 }
 
 

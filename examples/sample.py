@@ -16,7 +16,7 @@ TRAJECTORY_IMAGES = 4
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", help="Folder or Hub id of a saved pipeline; by default the one in the package.")
+    parser.add_argument("--model", help="Folder or Hub id of a saved pipeline; by default one in the package.")
     parser.add_argument("--num_images", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=64, help="Images at a time.")
     parser.add_argument("--num_inference_steps", type=int, help="By default 50, or 4 for a pipeline for few steps.")
@@ -74,6 +74,8 @@ def write_images(pipe: Any, args: argparse.Namespace, options: dict[str, Any]) -
 
     settings = {"model": args.model, "scheduler": type(pipe.scheduler).__name__, "seed": args.seed, **options}
     settings["weights"] = weights_digest(pipe.unet)
+    if pipe.guide is not None:
+        settings["guide"] = weights_digest(pipe.guide)
     file = args.output_dir / "settings.json"
     earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else "unknown settings"
     if earlier != settings and any(args.output_dir.glob("*.png")):
@@ -94,6 +96,7 @@ def write_images(pipe: Any, args: argparse.Namespace, options: dict[str, Any]) -
 
 def main(args: argparse.Namespace) -> None:
     """Sample by the command line, and write what it asks for."""
+    from mnist_ddpm import PRETRAINED_CONDITIONAL
     from mnist_ddpm.cli import check_writable
     from mnist_ddpm.images import image_grid, save_trajectory
     from mnist_ddpm.sampling import (
@@ -108,7 +111,8 @@ def main(args: argparse.Namespace) -> None:
     for path in (args.trajectory, args.output_dir / "settings.json" if args.output_dir else args.output):
         if path:
             check_writable(path)
-    pipe = load_pipeline(args.model, args.scheduler, args.device, args.num_inference_steps)
+    model = args.model or (PRETRAINED_CONDITIONAL if args.class_labels else None)
+    pipe = load_pipeline(model, args.scheduler, args.device, args.num_inference_steps)
     forced = "ddpm" if args.noise_scale is not None else "ddim" if args.eta is not None or args.trajectory else None
     if forced and args.scheduler == "auto" and not is_few_step(pipe.scheduler):
         pipe.scheduler = make_scheduler(forced, pipe.scheduler.config)

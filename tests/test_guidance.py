@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -16,6 +19,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from loopback_hub import USER, WRITER
 from test_pipeline import images, seeded, tiny_unet
 
+import mnist_ddpm
 from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
 from mnist_ddpm.pipeline import extrapolate
 from mnist_ddpm.sampling import make_scheduler
@@ -257,6 +261,34 @@ def test_push_and_download_with_a_guide_and_without(hub):
     )
     assert MNISTDDPMPipeline.from_pretrained(REPO, guide=None).guide is None
 
+    card = hub.files(REPO)["README.md"].decode()
+    assert "zero, one, two. " in card
+    assert "## Guide\n" in card
+    names = {}
+    for code in re.findall(r"```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE):
+        exec(code.replace("num_inference_steps=50", "num_inference_steps=2"), names)
+    assert len(names["images"]) == 4
+    hub.repos["models", REPO].commit({"README.md": b"own words"})
+    pipe.push_to_hub(REPO, token=WRITER)
+    assert hub.files(REPO)["README.md"] == b"own words"
+
+
+def test_a_new_process_without_the_package_takes_labels_and_a_guide(tmp_path):
+    pipe = guided_pipeline()
+    pipe.save_pretrained(tmp_path)
+    torch.save(guided_images(pipe), tmp_path / "expected.pt")
+    code = f"""
+import sys
+sys.modules["mnist_ddpm"] = None
+import torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+options = {{"class_labels": "two", "guidance_scale": 1.5, "num_inference_steps": 4, "output_type": "pt"}}
+images = pipe(generator=torch.Generator().manual_seed(0), **options).images
+torch.testing.assert_close(images, torch.load({str(tmp_path / "expected.pt")!r}), atol=1e-3, rtol=0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"HF_MODULES_CACHE": str(tmp_path)})
+
 
 def test_from_pipe_takes_over_guide_and_names():
     pipe = guided_pipeline()
@@ -291,6 +323,7 @@ def test_the_code_of_the_guide_runs(tmp_path, monkeypatch):
     unet = tiny_unet(num_class_embeds=10)
     for name in ("conditional", "weaker"):
         pipeline(unet, id2label={n: str(n) for n in range(10)}).save_pretrained(name)
+    monkeypatch.setattr(mnist_ddpm, "PRETRAINED_CONDITIONAL", tmp_path / "conditional")
     names = {}
     for code in blocks("python"):
         exec(code, names)
@@ -304,4 +337,4 @@ def test_the_commands_of_the_guide_have_flags_that_exist():
     for line in lines:
         _, script, *argv = shlex.split(line)
         importlib.import_module(Path(script).stem).parse_args(argv)
-    assert len(lines) == 4
+    assert len(lines) == 5

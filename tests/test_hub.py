@@ -121,12 +121,12 @@ def test_every_way_of_publishing_writes_the_same(hub, tmp_path, monkeypatch, pip
 
 def test_card_tells_of_the_training_and_neither_of_tokens_nor_of_folders(hub, tmp_path, pipe):
     secret = "hf_" + "x" * 34
-    pipe.save_pretrained(tmp_path)
+    MNISTDDPMPipeline(**pipe.components, id2label={0: "zero", 1: "one"}).save_pretrained(tmp_path)
     (tmp_path / "samples.png").write_bytes(b"picture")
     command = ["accelerate", "launch", "/home/me/train.py", "--hub_token", WRITER, "--seed", "0", f"--token={WRITER}"]
     command += [secret, "--output_dir=/home/me/trained", "--cache_dir", "/home/me/cache"]
     parameters = {"learning_rate": 1e-3, "output_dir": "/home/me/trained", "hub_token": WRITER, "note": f"({secret})"}
-    write_card(tmp_path, dataset="ylecun/mnist", command=command, parameters=parameters, classes=["zero", "one"])
+    write_card(tmp_path, dataset="ylecun/mnist", command=command, parameters=parameters)
     publish(tmp_path, REPO, token=WRITER)
     assert set(hub.files(REPO)) == LAYOUT | {"samples.png", ".gitattributes"}
     text = hub.files(REPO)["README.md"].decode()

@@ -14,6 +14,7 @@ import torch
 from diffusers import LCMScheduler
 from PIL import Image
 
+import mnist_ddpm
 from mnist_ddpm import MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
 from mnist_ddpm.sampling import SCHEDULERS, auto_scheduler
 
@@ -107,6 +108,15 @@ def test_images_have_the_labels_in_turn_and_a_column_for_each(tmp_path, model):
         assert np.abs(cells["all"][i] - other).max() > 10
 
 
+def test_labels_without_a_model_are_sampled_by_the_conditional_weights(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(mnist_ddpm, "PRETRAINED_CONDITIONAL", model)
+    flags = ("--num_images", 1, "--class_labels", 2, "--guidance_scale", 2, "--output")
+    run(model, *flags, tmp_path / "expected.png")
+    words = [*map(str, flags), str(tmp_path / "grid.png"), "--num_inference_steps", "3", "--device", "cpu"]
+    sample.main(sample.parse_args(words))
+    assert np.array_equal(pixels(tmp_path / "grid.png"), pixels(tmp_path / "expected.png"))
+
+
 def test_a_trajectory_is_shown_beside_the_grid(tmp_path, model):
     flags = ("--output", tmp_path / "grid.png", "--num_images", 9)
     run(model, *flags, "--trajectory", tmp_path / "strip.png")
@@ -147,6 +157,14 @@ def test_output_dir_is_of_one_model_and_one_seed(tmp_path, model):
     pipe.save_pretrained(model)  # trained further, under the same name
     with pytest.raises(ValueError, match="--output_dir"):
         run(model, *flags)
+    labels = ("--output_dir", tmp_path / "labels", "--num_images", 1, "--class_labels")
+    run(model, *labels, 2)
+    with pytest.raises(ValueError, match="--output_dir"):
+        run(model, *labels, 1)
+    pipe.guide = pipe.unet
+    pipe.save_pretrained(model)
+    with pytest.raises(ValueError, match="--output_dir"):
+        run(model, *labels, 2)
     (tmp_path / "images" / "settings.json").unlink()
     with pytest.raises(ValueError, match="--output_dir"):
         run(model, *flags)

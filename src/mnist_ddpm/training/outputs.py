@@ -180,7 +180,6 @@ class Outputs:
             dataset=self._dataset_id(),
             command=self.args.command,
             parameters=self._shown(),
-            classes=[*pipeline.config.get("id2label", {}).values()],
         )
         logger.info(f"The pipeline is in {self.folder}, its latest samples in {self.folder / SAMPLES}")
         if not stopped and self.args.push_to_hub:
