@@ -12,8 +12,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCS = ("results", "theory", "labels", "few_steps")
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "theory", "labels", "few_steps")),
+)
 SECTION = re.compile(r"<!-- (?P<name>\w+):begin -->\n.*?<!-- (?P=name):end -->", re.DOTALL)
 
 Result = dict[str, Any]
@@ -129,6 +131,43 @@ def noise_table(results: dict[str, Result]) -> str:
     )
 
 
+def few_steps(results: dict[str, Result]) -> str:
+    """FID by `benchmarks/few_steps.py`: a row for a sampler, a column for a number of evaluations of the network."""
+    (result,) = results.values()
+    of_samplers = result["few_steps"]
+    evaluations = sorted({int(n) for cells in of_samplers.values() for n in cells})
+    columns = [str(n) for n in evaluations]
+    best = {n: min(cells[n]["fid"] for cells in of_samplers.values() if n in cells) for n in columns}
+
+    def cell(cells: Result, n: str) -> str:
+        if n not in cells:
+            return ""
+        bold = "**" if cells[n]["fid"] == best[n] else ""
+        return f"{bold}{cells[n]['fid']:.2f}{bold}"
+
+    rows = [[name, *(cell(cells, n) for n in columns)] for name, cells in of_samplers.items()]
+    return (
+        f"FID of {result['settings']['num_images']:,} samples of the package's weights, by the evaluations of the "
+        f"network that a sample takes\n(real-data baseline: {result['floor']['fid']:.2f}). Bold: the lowest of a "
+        f"column.\n\n{table(['', *columns], rows)}\n\n"
+        f"![FID over evaluations, a line for each sampler](few_steps.png)\n\n{origins(results)}"
+    )
+
+
+def few_steps_best(results: dict[str, Result]) -> str:
+    """What wins at each number of evaluations by `benchmarks/few_steps.py`, a line each."""
+    (result,) = results.values()
+    of_samplers = result["few_steps"]
+    lines = []
+    for n in sorted({n for cells in of_samplers.values() for n in cells}, key=int):
+        cell, name = min(
+            ((cells[n], name) for name, cells in of_samplers.items() if n in cells),
+            key=lambda scored: scored[0]["fid"],
+        )
+        lines.append(f"- {n}: {name} (FID {cell['fid']:.2f}, {cell['samples_per_second']:.1f} samples per second)")
+    return "\n".join(lines)
+
+
 def guidance(results: dict[str, Result]) -> str:
     """Guidance by labels or by guides, by `benchmarks/guidance.py`: a row for a guide, an interval and a scale."""
     (result,) = results.values()
@@ -163,43 +202,6 @@ def guidance(results: dict[str, Result]) -> str:
         f"{settings['num_images']:,} samples each, {settings['num_inference_steps']} steps of "
         f"`{settings['scheduler']}`:\n\n{table([*head, 'scale', 't / T', *columns], lines)}\n\n{origins(results)}"
     )
-
-
-def few_steps(results: dict[str, Result]) -> str:
-    """FID by `benchmarks/few_steps.py`: a row for a sampler, a column for a number of evaluations of the network."""
-    (result,) = results.values()
-    of_samplers = result["few_steps"]
-    evaluations = sorted({int(n) for cells in of_samplers.values() for n in cells})
-    columns = [str(n) for n in evaluations]
-    best = {n: min(cells[n]["fid"] for cells in of_samplers.values() if n in cells) for n in columns}
-
-    def cell(cells: Result, n: str) -> str:
-        if n not in cells:
-            return ""
-        bold = "**" if cells[n]["fid"] == best[n] else ""
-        return f"{bold}{cells[n]['fid']:.2f}{bold}"
-
-    rows = [[name, *(cell(cells, n) for n in columns)] for name, cells in of_samplers.items()]
-    return (
-        f"FID of {result['settings']['num_images']:,} samples of the package's weights, by the evaluations of the "
-        f"network that a sample takes\n(real-data baseline: {result['floor']['fid']:.2f}). Bold: the lowest of a "
-        f"column.\n\n{table(['', *columns], rows)}\n\n"
-        f"![FID over evaluations, a line for each sampler](few_steps.png)\n\n{origins(results)}"
-    )
-
-
-def few_steps_best(results: dict[str, Result]) -> str:
-    """What wins at each number of evaluations by `benchmarks/few_steps.py`, a line each."""
-    (result,) = results.values()
-    scored: dict[int, list[tuple[float, str, Result]]] = {}
-    for name, cells in result["few_steps"].items():
-        for n, cell in cells.items():
-            scored.setdefault(int(n), []).append((cell["fid"], name, cell))
-    lines = []
-    for n, of_samplers in sorted(scored.items()):
-        fid, name, cell = min(of_samplers, key=lambda scores: scores[0])
-        lines.append(f"- {n}: {name} (FID {fid:.2f}, {cell['samples_per_second']:.1f} samples per second)")
-    return "\n".join(lines)
 
 
 def schedules(results: dict[str, Result]) -> str:
@@ -362,10 +364,10 @@ SECTIONS = {
     "likelihood": ("likelihood", likelihood),
     "schedules": ("runs", schedules),
     "sampling_noise": ("noise_table", noise_table),
-    "guidance": ("guidance", guidance),
-    "guides": ("guides", guidance),
     "few_steps": ("few_steps", few_steps),
     "few_steps_best": ("few_steps", few_steps_best),
+    "guidance": ("guidance", guidance),
+    "guides": ("guides", guidance),
 }
 
 

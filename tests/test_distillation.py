@@ -350,6 +350,9 @@ def test_a_resumed_run_is_bit_identical(run, tmp_path, objective, flags):
 def test_a_run_leaves_a_pipeline_for_few_steps(run, tmp_path, objective, flags):
     folder = run(tmp_path / "student", *flags, objective=objective)
     assert (folder / "samples.png").exists()
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "num_inference_steps=1)" in card
+    assert "from_config" not in card
     pipe = MNISTDDPMPipeline.from_pretrained(folder)
     assert isinstance(pipe.scheduler, LCMScheduler)
     assert pipe.scheduler.config.prediction_type == "v_prediction"

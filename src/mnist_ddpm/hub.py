@@ -308,6 +308,8 @@ def _plain_card(folder: str | os.PathLike[str]) -> str:
     index = json.loads((Path(folder) / INDEX_FILE).read_text(encoding="utf-8"))
     names = [index["id2label"][number] for number in sorted(index.get("id2label", {}), key=int)]
     card = CARD
+    if index["scheduler"][1] == "LCMScheduler":  # distilled to few steps: other schedulers don't fit
+        card = re.sub(r"^pipe.scheduler = .*\n", "", card, flags=re.MULTILINE).replace("steps=50", "steps=1")
     if names:
         card = card.replace("- ddim\n", "- ddim\n- class-conditional\n")
         card += CLASSES.format(names=", ".join(names), name=json.dumps(names[0], ensure_ascii=False))
