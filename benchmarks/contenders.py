@@ -104,7 +104,7 @@ class Course:
             self.optimizer = MuonAdamW(*hidden_matrices(self.unet), lr=learning_rate)
         else:
             self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=learning_rate)
-        p = logit_normal_probabilities(len(self.scheduler), uniform_share=0.2)
+        p = logit_normal_probabilities(len(self.scheduler), uniform_share=0.3)
         self.cdf = p.cumsum(0).float().to(device) if tuned else None
         self.generator = torch.Generator(device).manual_seed(seed)
         warmup = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / 500))

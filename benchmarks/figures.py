@@ -1,22 +1,34 @@
-"""Make the pictures of `docs/theory.md` from the package's own model, its training's log, and MNIST."""
+"""Make the pictures of `docs/theory.md` and `docs/editing.md` from the package's model and MNIST.
+
+No sample is selected; the images that are edited are.
+"""
 
 import argparse
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import pt_to_pil
-from PIL import Image
+from PIL import Image, ImageDraw
 from sampling_noise import ROWS
 
-from mnist_ddpm import PRETRAINED, MNISTDDPMPipeline, MNISTDDPMScheduler
+from mnist_ddpm import PRETRAINED, MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler
 from mnist_ddpm.data import load_mnist
+from mnist_ddpm.editing import MNISTImg2ImgPipeline, MNISTInpaintPipeline
 from mnist_ddpm.images import image_grid
-from mnist_ddpm.sampling import sample, sample_trajectory
+from mnist_ddpm.sampling import image_generators, sample, sample_trajectory
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = 12
+# an angular 2, 3, 4 and 8: a list of strokes each, of points (x, y)
+SKETCHES = (
+    [[(8, 7), (19, 7), (8, 20), (20, 20)]],
+    [[(9, 6), (19, 6), (13, 12), (19, 16), (17, 21), (9, 21)]],
+    [[(9, 6), (8, 14), (20, 14)], [(17, 6), (17, 22)]],
+    [[(14, 13), (9, 9), (14, 6), (19, 9), (9, 18), (14, 22), (19, 18), (14, 13)]],
+)
 
 
 def forward_picture() -> Image.Image:
@@ -56,7 +68,51 @@ def backward_picture(pipe: MNISTDDPMPipeline) -> Image.Image:
     )
 
 
-def curve_picture(path: Path) -> None:
+def sketch_picture(pipe: MNISTDDPMPipeline, copies: int = 8) -> Image.Image:
+    """Sketches, and what image to image makes of them: a row for each."""
+    edit = MNISTImg2ImgPipeline.from_pipe(pipe)
+    images = []
+    for strokes in SKETCHES:
+        sketch = Image.new("L", (28, 28))
+        for points in strokes:
+            ImageDraw.Draw(sketch).line(points, fill=255, width=2)
+        images += [sketch, *edit([sketch] * copies, strength=0.6, generator=image_generators(0, range(copies))).images]
+    return enlarged(image_grid(images, columns=1 + copies))
+
+
+def inpainting_picture(pipe: MNISTDDPMPipeline, copies: int = 8) -> Image.Image:
+    """Halves of test images, the rest gray, and how inpainting completes them: a row for each."""
+    inpaint = MNISTInpaintPipeline.from_pipe(pipe)
+    below, left = torch.zeros(2, 1, 1, 28, 28)
+    below[:, :, 14:] = 1
+    left[..., :14] = 1
+    images = []
+    for i, mask in ((12, below), (61, left)):
+        digit = load_mnist("test[:100]")[i : i + 1] / 255
+        images += pt_to_pil(torch.where(mask > 0, 0.4, digit) * 2 - 1)
+        generators = image_generators(0, range(copies))
+        images += inpaint(digit.expand(copies, -1, -1, -1), mask, generators, jump_length=10, jump_n_sample=5).images
+    return enlarged(image_grid(images, columns=1 + copies))
+
+
+def interpolation_picture(pipe: MNISTDDPMPipeline) -> Image.Image:
+    """From a 3 of the test images to an 8, through the noise that makes them: a row for each pair."""
+    scheduler = MNISTDDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    edit = MNISTImg2ImgPipeline.from_pipe(pipe, scheduler=scheduler)
+    digits = load_mnist("test[:200]") / 255
+    images = []
+    for three, eight in ((30, 84), (68, 61), (44, 110)):
+        ends = digits[three : three + 1], digits[eight : eight + 1]
+        images += edit.interpolate(*ends, num_images=COLUMNS, num_inference_steps=25).images
+    return enlarged(image_grid(images, columns=COLUMNS))
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    """Three times as large, in squares."""
+    return image.resize((3 * image.width, 3 * image.height), Image.Resampling.NEAREST)
+
+
+def curve_picture() -> Image.Image:
     """The loss of the training that made the package's weights, from `benchmarks/results/training.json`."""
     import matplotlib
 
@@ -69,19 +125,27 @@ def curve_picture(path: Path) -> None:
     axes.plot([window * (i + 1) for i in range(len(loss))], loss)
     axes.set(xlabel="steps", ylabel=f"loss, mean of {window} steps", yscale="log")
     axes.grid(which="both", alpha=0.3)
-    figure.savefig(path, dpi=80)
+    figure.savefig(file := BytesIO(), dpi=80)
     plt.close(figure)
+    return Image.open(file)
 
 
 def main() -> None:
-    """Write all of them to `docs/`."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    folder = ROOT / "docs"
+    """Write them to `docs/`."""
     pipe = MNISTDDPMPipeline.from_pretrained(PRETRAINED)
-    forward_picture().save(folder / "forward.png")
-    noise_picture(pipe).save(folder / "noise.png")
-    backward_picture(pipe).save(folder / "backward.png")
-    curve_picture(folder / "curve.png")
+    pictures = {
+        "forward": forward_picture,
+        "noise": lambda: noise_picture(pipe),
+        "backward": lambda: backward_picture(pipe),
+        "curve": curve_picture,
+        "sketch": lambda: sketch_picture(pipe),
+        "inpainting": lambda: inpainting_picture(pipe),
+        "interpolation": lambda: interpolation_picture(pipe),
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=[*pictures], help=f"of {', '.join(pictures)}; by default all")
+    for name in parser.parse_args().names:
+        pictures[name]().save(ROOT / "docs" / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "theory.md")
+DOCS = ("results", "theory", "labels", "few_steps")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 SECTION = re.compile(r"<!-- (?P<name>\w+):begin -->\n.*?<!-- (?P=name):end -->", re.DOTALL)
 
 Result = dict[str, Any]
@@ -87,6 +88,15 @@ def training(results: dict[str, Result]) -> str:
     )
 
 
+def distillation(results: dict[str, Result]) -> str:
+    """The run that made the student of the package, by `benchmarks/training_curve.py`."""
+    (result,) = (result["distillation"] for result in results.values())
+    return (
+        f"{result['images']:,} images in {result['steps']:,} steps and {result['seconds'] / 60:.0f} minutes, "
+        f"{result['images_per_second']} images per second.\n\n- `{result['command']}` ({result['machine']})"
+    )
+
+
 def scheduler_step(results: dict[str, Result]) -> str:
     """Times by `benchmarks/scheduler_step.py`: a row for a scheduler and a shape, a column for a kind of work."""
     (result,) = results.values()
@@ -117,6 +127,79 @@ def noise_table(results: dict[str, Result]) -> str:
         f"(real-data baseline: {result['floor']['fid']:.2f}):\n\n"
         f"{table(['', *(f'{n} steps' for n in steps)], rows)}\n\n{origins(results)}"
     )
+
+
+def guidance(results: dict[str, Result]) -> str:
+    """Guidance by labels or by guides, by `benchmarks/guidance.py`: a row for a guide, an interval and a scale."""
+    (result,) = results.values()
+    rows = result.get("guides") or result["guidance"]
+    columns = {
+        "FID": ("fid", ".2f"),
+        "precision": ("precision", ".3f"),
+        "recall": ("recall", ".3f"),
+        "confidence >= 0.9": ("confident_share", ".1%"),
+    }
+    if "read_as_asked" in rows[0]:
+        columns["read as asked"] = ("read_as_asked", ".1%")
+
+    def cells(scores: Result) -> list[str]:
+        return [format(scores[name], digits) for name, digits in columns.values()]
+
+    def guide(row: Result) -> list[str]:
+        if "guides" not in result:
+            return []
+        if not row["guide"]:
+            return ["none", "", ""]
+        return [row["guide"], f"{2 * row['parameters'] / 1e6:.2f} MB", f"{row['relative_cost']:.2f}"]
+
+    head = ["guide", "in float16", "relative time"] if "guides" in result else []
+    lines = [
+        [*guide(row), f"{row['guidance_scale']:g}", "{:g} to {:g}".format(*row["guidance_interval"]), *cells(row)]
+        for row in rows
+    ]
+    lines.append(["real test images", *[""] * (len(head) + 1), *cells(result["floor"])])
+    settings = result["settings"]
+    return (
+        f"{settings['num_images']:,} samples each, {settings['num_inference_steps']} steps of "
+        f"`{settings['scheduler']}`:\n\n{table([*head, 'scale', 't / T', *columns], lines)}\n\n{origins(results)}"
+    )
+
+
+def few_steps(results: dict[str, Result]) -> str:
+    """FID by `benchmarks/few_steps.py`: a row for a sampler, a column for a number of evaluations of the network."""
+    (result,) = results.values()
+    of_samplers = result["few_steps"]
+    evaluations = sorted({int(n) for cells in of_samplers.values() for n in cells})
+    columns = [str(n) for n in evaluations]
+    best = {n: min(cells[n]["fid"] for cells in of_samplers.values() if n in cells) for n in columns}
+
+    def cell(cells: Result, n: str) -> str:
+        if n not in cells:
+            return ""
+        bold = "**" if cells[n]["fid"] == best[n] else ""
+        return f"{bold}{cells[n]['fid']:.2f}{bold}"
+
+    rows = [[name, *(cell(cells, n) for n in columns)] for name, cells in of_samplers.items()]
+    return (
+        f"FID of {result['settings']['num_images']:,} samples of the package's weights, by the evaluations of the "
+        f"network that a sample takes\n(real-data baseline: {result['floor']['fid']:.2f}). Bold: the lowest of a "
+        f"column.\n\n{table(['', *columns], rows)}\n\n"
+        f"![FID over evaluations, a line for each sampler](few_steps.png)\n\n{origins(results)}"
+    )
+
+
+def few_steps_best(results: dict[str, Result]) -> str:
+    """What wins at each number of evaluations by `benchmarks/few_steps.py`, a line each."""
+    (result,) = results.values()
+    scored: dict[int, list[tuple[float, str, Result]]] = {}
+    for name, cells in result["few_steps"].items():
+        for n, cell in cells.items():
+            scored.setdefault(int(n), []).append((cell["fid"], name, cell))
+    lines = []
+    for n, of_samplers in sorted(scored.items()):
+        fid, name, cell = min(of_samplers, key=lambda scores: scores[0])
+        lines.append(f"- {n}: {name} (FID {fid:.2f}, {cell['samples_per_second']:.1f} samples per second)")
+    return "\n".join(lines)
 
 
 def schedules(results: dict[str, Result]) -> str:
@@ -268,6 +351,7 @@ def comparison(results: dict[str, Result]) -> str:
 SECTIONS = {
     "comparison": ("contenders", comparison),
     "training": ("training", training),
+    "distillation": ("distillation", distillation),
     "scores": ("scores", scores),
     "race": ("contenders", time_to_quality),
     "schedulers": ("schedulers", schedulers),
@@ -278,6 +362,10 @@ SECTIONS = {
     "likelihood": ("likelihood", likelihood),
     "schedules": ("runs", schedules),
     "sampling_noise": ("noise_table", noise_table),
+    "guidance": ("guidance", guidance),
+    "guides": ("guides", guidance),
+    "few_steps": ("few_steps", few_steps),
+    "few_steps_best": ("few_steps", few_steps_best),
 }
 
 

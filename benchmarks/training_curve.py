@@ -1,4 +1,4 @@
-"""Keep what a run of `examples/train.py` cost and how its loss fell, from its log."""
+"""Keep what a run of `examples/train.py` or `examples/distill.py` cost and how its loss fell, from its log."""
 
 import argparse
 import json
@@ -21,9 +21,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--training_machine", required=True, help="The machine that it ran on.")
     parser.add_argument("--seconds", type=int, required=True, help="How long it trained.")
     parser.add_argument("--batch_size", type=int, required=True, help="Images of a step.")
+    parser.add_argument("--kind", choices=("training", "distillation"), default="training", help="What it was.")
     parser.add_argument("--window", type=int, default=250, help="Steps to average the loss over.")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "training.json")
+    parser.add_argument("--output", type=Path, help="By default benchmarks/results/KIND.json.")
     args = parser.parse_args(argv)
+    args.output = args.output or ROOT / "benchmarks" / "results" / f"{args.kind}.json"
     args.command, args.seed = ["python", "benchmarks/training_curve.py", *argv], None
     return args
 
@@ -35,10 +37,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     windows = [losses[i : i + args.window] for i in range(0, len(losses), args.window)]
     origin = provenance(args)
     result = {
-        "training": {
+        args.kind: {
             "command": args.training_command,
             "machine": args.training_machine,
             "steps": len(losses),
+            "images": len(losses) * args.batch_size,
             "seconds": args.seconds,
             "images_per_second": round(len(losses) * args.batch_size / args.seconds),
             "loss_window": args.window,

@@ -74,7 +74,7 @@ def score_samples(args: argparse.Namespace, device: str) -> dict[str, Any]:
     if args.samples is not None:
         samples = read_samples(args.samples, args.num_images)
     else:
-        pipe = load_pipeline(args.model, args.scheduler, device)
+        pipe = load_pipeline(args.model, args.scheduler, device, args.num_inference_steps)
     classifier = metrics.ClassifierFeatures.from_pretrained(args.classifier or metrics.CLASSIFIER).to(device)
     inception = metrics.InceptionFeatures().to(device) if args.inception else None
     train, test = real_images(args, "train"), real_images(args, "test")

@@ -12,8 +12,12 @@ from tqdm import trange
 from mnist_ddpm import MNISTDDPMScheduler, MNISTUNet2DModel
 from mnist_ddpm.data import load_mnist
 from mnist_ddpm.images import image_grid
-from mnist_ddpm.training.machine import choose_mixed_precision
-from mnist_ddpm.training.optimizers import MuonAdamW, hidden_matrices
+
+try:
+    from mnist_ddpm.training.machine import choose_mixed_precision
+    from mnist_ddpm.training.optimizers import MuonAdamW, hidden_matrices
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}") from error
 
 
 def train(unet, scheduler, images, num_steps, batch_size=64):

@@ -16,15 +16,16 @@ TRAJECTORY_IMAGES = 4
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", help="Folder or Hub id of a saved pipeline; by default the one in the package.")
+    parser.add_argument("--model", help="Folder or Hub id of a saved pipeline; by default one in the package.")
     parser.add_argument("--num_images", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=64, help="Images at a time.")
-    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--num_inference_steps", type=int, help="By default 50, or 4 for a pipeline for few steps.")
     parser.add_argument(
         "--scheduler",
-        default="ddim",
+        default="auto",
         help="ddpm, ddim, deis, dpmsolver_multistep, dpmsolver_singlestep, euler, euler_ancestral, heun, kdpm2, lms, "
-        "pndm, sasolver or unipc.",
+        "pndm, sasolver, unipc, or auto: what is best at this number of steps. For --eta and --trajectory that is "
+        "ddim, for --noise_scale ddpm; a pipeline for few steps keeps its own scheduler.",
     )
     parser.add_argument(
         "--class_labels",
@@ -54,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     for name, least in {"num_images": 1, "batch_size": 1, "num_inference_steps": 1, "seed": 0}.items():
-        if (value := getattr(args, name)) < least:
+        if (value := getattr(args, name)) is not None and value < least:
             parser.error(f"--{name} must be at least {least}, got {value}.")
     if args.output.suffix != ".png":
         parser.error(f"--output must end in .png, got {args.output}.")
@@ -71,8 +72,10 @@ def write_images(pipe: Any, args: argparse.Namespace, options: dict[str, Any]) -
     """
     from mnist_ddpm.sampling import sample, weights_digest
 
-    settings = {"model": args.model, "scheduler": args.scheduler, "seed": args.seed, **options}
+    settings = {"model": args.model, "scheduler": type(pipe.scheduler).__name__, "seed": args.seed, **options}
     settings["weights"] = weights_digest(pipe.unet)
+    if pipe.guide is not None:
+        settings["guide"] = weights_digest(pipe.guide)
     file = args.output_dir / "settings.json"
     earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else "unknown settings"
     if earlier != settings and any(args.output_dir.glob("*.png")):
@@ -93,15 +96,28 @@ def write_images(pipe: Any, args: argparse.Namespace, options: dict[str, Any]) -
 
 def main(args: argparse.Namespace) -> None:
     """Sample by the command line, and write what it asks for."""
+    from mnist_ddpm import PRETRAINED_CONDITIONAL
     from mnist_ddpm.cli import check_writable
     from mnist_ddpm.images import image_grid, save_trajectory
-    from mnist_ddpm.sampling import load_pipeline, sample, sample_trajectory
+    from mnist_ddpm.sampling import (
+        default_steps,
+        is_few_step,
+        load_pipeline,
+        make_scheduler,
+        sample,
+        sample_trajectory,
+    )
 
     for path in (args.trajectory, args.output_dir / "settings.json" if args.output_dir else args.output):
         if path:
             check_writable(path)
-    pipe = load_pipeline(args.model, args.scheduler, args.device)
-    options = {name: getattr(args, name) for name in ("num_inference_steps", "eta", "noise_scale")}
+    model = args.model or (PRETRAINED_CONDITIONAL if args.class_labels else None)
+    pipe = load_pipeline(model, args.scheduler, args.device, args.num_inference_steps)
+    forced = "ddpm" if args.noise_scale is not None else "ddim" if args.eta is not None or args.trajectory else None
+    if forced and args.scheduler == "auto" and not is_few_step(pipe.scheduler):
+        pipe.scheduler = make_scheduler(forced, pipe.scheduler.config)
+    options = {name: getattr(args, name) for name in ("eta", "noise_scale")}
+    options["num_inference_steps"] = args.num_inference_steps or default_steps(pipe.scheduler)
     if args.class_labels or args.guidance_scale != 1:
         options |= {"class_labels": args.class_labels, "guidance_scale": args.guidance_scale}
     if args.trajectory:

@@ -5,6 +5,7 @@ Each flag is an argument of `mnist_ddpm.training.TrainingArguments`; the run its
 """
 
 import argparse
+import difflib
 import sys
 import traceback
 
@@ -15,12 +16,12 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}. {INSTALL}")
 
-NOT_TAKEN = (
-    "The flags are those of diffusers' train_unconditional.py, but for --dataloader_num_workers (the images are "
-    "decoded once and kept in memory), --preserve_input_precision (they have 8 bits), "
-    "--enable_xformers_memory_efficient_attention (PyTorch's own attention needs no switch) and --local_rank (the "
-    "launcher sets it)."
-)
+NOT_TAKEN = {  # flags of diffusers' train_unconditional.py
+    "--dataloader_num_workers": "the images are decoded once and kept in memory",
+    "--preserve_input_precision": "images have 8 bits",
+    "--enable_xformers_memory_efficient_attention": "PyTorch's own attention needs no switch",
+    "--local_rank": "the launcher sets it",
+}
 
 
 def add_flag(parser: argparse.ArgumentParser, name: str, argument: Argument) -> None:
@@ -44,7 +45,8 @@ def parse_args(argv: list[str] | None = None) -> TrainingArguments:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         description="Train a diffusion model on images.",
-        epilog=NOT_TAKEN,
+        epilog="The flags of diffusers' train_unconditional.py work, but for "
+        + ", ".join(f"{flag} ({reason})" for flag, reason in NOT_TAKEN.items()),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,  # the command is kept beside the results, but for --hub_token
     )
@@ -52,7 +54,10 @@ def parse_args(argv: list[str] | None = None) -> TrainingArguments:
         add_flag(parser, name, argument)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}. {NOT_TAKEN}")
+        flag = unknown[0].split("=")[0]
+        closest = difflib.get_close_matches(flag, [f"--{name}" for name in arguments()], n=1)
+        hint = NOT_TAKEN.get(flag, "".join(f"did you mean {name}?" for name in closest))
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}" + f" ({hint})" * bool(hint))
     try:
         return TrainingArguments(**vars(values), command=["accelerate", "launch", "examples/train.py", *argv])
     except ValueError as error:
@@ -71,6 +76,8 @@ if __name__ == "__main__":
         sys.exit("error: interrupted. Resume from the last checkpoint with --resume_from_checkpoint latest.")
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}. {INSTALL}")
+    except OSError as error:
+        sys.exit(f"error: {error}")
     except Exception as error:
         *_, innermost = traceback.walk_tb(error.__traceback__)
         if not innermost[0].f_globals.get("__name__", "").startswith("mnist_ddpm."):

@@ -16,9 +16,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from faults import Injector, watch
 from tiny_training import command_line, write_workplace
@@ -28,17 +27,11 @@ from mnist_ddpm.training.checkpoints import list_checkpoints
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "examples" / "train.py"
 STEPS = 12
-FLAGS = {
-    "max_train_steps": STEPS,
-    "train_batch_size": 6,  # an epoch is 4 steps
-    "checkpointing_steps": 2,
-    "checkpoints_total_limit": 2,
-    "save_model_epochs": 1,
-    "save_images_steps": 1,
-    "eval_batch_size": 4,
-    "ddpm_num_inference_steps": 4,
-    "resume_from_checkpoint": "latest",  # from the first run on, as a supervisor would have it
-}
+FLAGS = (  # an epoch is 4 steps; to resume from the first run on, as a supervisor would have it
+    f"--max_train_steps {STEPS} --train_batch_size 6 --checkpointing_steps 2 --checkpoints_total_limit 2 "
+    "--save_model_epochs 1 --save_images_steps 1 --eval_batch_size 4 --ddpm_num_inference_steps 4 "
+    "--resume_from_checkpoint latest"
+)
 RANDOM = {"random kill": signal.SIGKILL, "random term": signal.SIGTERM, "random int": signal.SIGINT}
 
 
@@ -58,20 +51,10 @@ class Outcome(NamedTuple):
     code: int
     output: str
 
-    @property
-    def said(self) -> str:
-        """The end of what it printed, but for its operations."""
-        return re.sub(r"\noperation .*\n", "", self.output)[-1000:]
-
-    @property
-    def operations(self) -> list[str]:
-        """Its operations on files, in order."""
-        return re.findall(r"^operation \d+: (.*)$", self.output, re.MULTILINE)
-
 
 def flags_of(output_dir: Path, workplace: Path) -> list[str]:
     """The flags of all runs, which differ in the folder only."""
-    return command_line(workplace, **FLAGS, output_dir=output_dir)
+    return command_line(workplace, FLAGS, output_dir=output_dir)
 
 
 def train(output_dir: Path, workplace: Path, fault: Fault | None = None) -> Outcome:
@@ -84,9 +67,8 @@ def train(output_dir: Path, workplace: Path, fault: Fault | None = None) -> Outc
         os.dup2(write, 2)
         os._exit(_run_script(flags_of(output_dir, workplace), output_dir, fault))
     os.close(write)
-    timer = None
-    if fault and fault.kind in RANDOM:
-        timer = threading.Timer(fault.at, os.kill, (pid, RANDOM[fault.kind]))
+    timer = threading.Timer(fault.at, os.kill, (pid, RANDOM[fault.kind])) if fault and fault.kind in RANDOM else None
+    if timer:
         timer.start()
     with open(read, errors="replace") as pipe:
         output = pipe.read()
@@ -99,8 +81,7 @@ def train(output_dir: Path, workplace: Path, fault: Fault | None = None) -> Outc
 def _run_script(argv: list[str], output_dir: Path, fault: Fault | None) -> int:
     """Within the forked process: run the script as `python examples/train.py` does; returns the exit code."""
     injected = fault is not None and fault.kind not in RANDOM
-    injector = Injector(fault.kind if injected else None, int(fault.at) if injected else None, output_dir)
-    watch(output_dir, injector)
+    watch(output_dir, Injector(fault.kind if injected else None, int(fault.at) if injected else None, output_dir))
     sys.argv = [str(TRAIN), *argv]
     try:
         runpy.run_path(str(TRAIN), run_name="__main__")
@@ -126,13 +107,9 @@ def ending(run: Path) -> dict[str, bytes]:
 
 
 def plan(operations: list[str], seconds: float, rng: random.Random, count: int | None) -> list[list[Fault]]:
-    """Chains of faults, each for a run that is resumed after each of them.
+    """Chains of faults, each for a run that is resumed after each of them; `count` of each kind at most.
 
-    Args:
-        operations: those of a run that is left alone.
-        seconds: how long it takes.
-        rng: chooses the moments.
-        count: how many of each kind at most.
+    The operations and the seconds are those of a run that is left alone.
     """
     numbers: dict[str, list[int]] = {}
     for number, operation in enumerate(operations, start=1):
@@ -140,34 +117,20 @@ def plan(operations: list[str], seconds: float, rng: random.Random, count: int |
     each = {label: rng.choice(some) for label, some in numbers.items()}  # one of each sort
     writes = [number for label, number in each.items() if label.startswith(("create", "write"))]
     anywhere = sorted(rng.sample(range(1, len(operations)), 12))
-
-    chains = {
-        "kill": [[Fault("kill", n)] for n in each.values()],
-        "tear": [[Fault("tear", n)] for n in writes],
-        "tear log": [[Fault("tear log", n)] for n in anywhere],
-        "full": [[Fault("full", n)] for n in writes],
-        "term": [[Fault("term", n)] for n in anywhere],
-        "int": [[Fault("int", n)] for n in anywhere],
-        "term twice": [[Fault("term twice", n)] for n in anywhere],
-        # while a run that was killed cleans up, and at the begin of what it writes
-        "kill, resumed": [[Fault("kill", rng.choice(anywhere)), Fault("kill", n)] for n in range(1, 21)],
-        "damage": [[Fault("kill", n), Fault("damage", i)] for i, n in enumerate(anywhere[-6:])],
-        "random": [[Fault(kind, rng.uniform(0, seconds)) for _ in range(3)] for kind in RANDOM for _ in range(6)],
-    }
-    return [chain for of_kind in chains.values() for chain in _spread(of_kind, count)]
-
-
-def _spread(items: list[Any], count: int | None) -> list[Any]:
-    """At most `count` of the items, evenly."""
-    if count is None or count >= len(items):
-        return items
-    return [items[i * len(items) // count] for i in range(count)]
+    moments = {"kill": each.values(), "tear": writes, "full": writes}
+    moments |= dict.fromkeys(("tear log", "term", "int", "term twice"), anywhere)
+    chains = [[[Fault(kind, n)] for n in some] for kind, some in moments.items()]
+    # while a run that was killed cleans up, and at the begin of what it writes
+    chains.append([[Fault("kill", rng.choice(anywhere)), Fault("kill", n)] for n in range(1, 21)])
+    chains.append([[Fault("kill", n), Fault("damage", i)] for i, n in enumerate(anywhere[-6:])])
+    chains.append([[Fault(kind, rng.uniform(0, seconds)) for _ in range(3)] for kind in RANDOM for _ in range(6)])
+    return [chain for of_kind in chains for chain in of_kind[:: -(-len(of_kind) // (count or len(of_kind)))]]
 
 
 def damage(run: Path, way: int) -> None:
     """Cut a file of the newest checkpoint short, change it, or remove it."""
-    newest = list_checkpoints(run)[-1]
-    file = sorted(newest.iterdir())[way % len(list(newest.iterdir()))]
+    files = sorted(list_checkpoints(run)[-1].iterdir())
+    file = files[way % len(files)]
     content = file.read_bytes()
     match way % 3:
         case 0:
@@ -180,30 +143,24 @@ def damage(run: Path, way: int) -> None:
 
 def check_outcome(fault: Fault, outcome: Outcome) -> list[str]:
     """What is wrong with how a process ended on a fault."""
-    allowed = {
-        "kill": {-signal.SIGKILL},
-        "tear": {-signal.SIGXFSZ},
-        "tear log": {-signal.SIGXFSZ},
-        "full": {1},
-        "random kill": {-signal.SIGKILL},
-    }.get(fault.kind, {-signal.SIGTERM, 1})  # told to stop, it leaves with 0; or at once, before it trains
-    problems = [] if outcome.code in allowed | {0} else [f"exit code {outcome.code}"]
+    killed, torn = {-signal.SIGKILL}, {-signal.SIGXFSZ}
+    allowed = {"kill": killed, "random kill": killed, "tear": torn, "tear log": torn, "full": {1}}
+    # told to stop, it leaves with 0; or at once, before it trains
+    problems = [] if outcome.code in allowed.get(fault.kind, {-signal.SIGTERM, 1}) | {0} else [f"code {outcome.code}"]
     if fault.kind == "full" and outcome.code:
         named = re.search(r"^error: output_dir must be writable", outcome.output, re.MULTILINE)
-        problems += (
-            [] if named and "Traceback" not in outcome.output else ["no error of one line that names output_dir"]
-        )
+        problems += [] if named and "Traceback" not in outcome.output else ["no one-line error that names output_dir"]
     return problems
 
 
-def main(count: int | None, seed: int) -> bool:
+def main(count: int | None, seed: int = 0) -> bool:
     """Kill, resume, compare; returns whether all runs ended as one that was left alone."""
     import torch
 
     import mnist_ddpm.training  # noqa: F401
 
     torch.set_num_threads(1)
-    struck, skipped, failures = Counter[str](), 0, 0
+    struck, skipped, failures = 0, 0, 0
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         workplace = write_workplace(scratch / "workplace", dropout=0.1)
@@ -213,7 +170,8 @@ def main(count: int | None, seed: int) -> bool:
         seconds = time.monotonic() - start
         assert whole.code == 0, whole.output
         expected = ending(scratch / "whole" / "run")
-        for number, faults in enumerate(plan(whole.operations, seconds, random.Random(seed), count)):
+        operations = re.findall(r"^operation \d+: (.*)$", whole.output, re.MULTILINE)
+        for number, faults in enumerate(plan(operations, seconds, random.Random(seed), count)):
             run = scratch / str(number) / "run"
             outcomes, problems = [], []
             for fault in faults:
@@ -222,23 +180,22 @@ def main(count: int | None, seed: int) -> bool:
                     continue
                 outcomes.append(outcome := train(run, workplace, fault))
                 problems += check_outcome(fault, outcome)
-                struck[fault.kind] += "Stopped early" in outcome.output or outcome.code != 0
+                struck += "Stopped early" in outcome.output or outcome.code != 0
             outcomes.append(train(run, workplace))
             ended = ending(run)
             problems += [name for name in expected | ended if expected.get(name) != ended.get(name)]
             skipped += sum(outcome.output.count("Skipping") for outcome in outcomes)
+            failed = bool(problems or outcomes[-1].code)
+            failures += failed
             print("; ".join(f"{kind} at {at:g}" for kind, at in faults), problems or "", flush=True)
-            if problems or outcomes[-1].code:
-                failures += 1
-                print(*(outcome.said for outcome in outcomes), sep="\n", flush=True)
+            if failed:
+                print(*(re.sub(r"\noperation .*\n", "", outcome.output)[-1000:] for outcome in outcomes), sep="\n")
             shutil.rmtree(run)
-    print(f"{struck.total()} kills, {skipped} damaged checkpoints skipped, {failures} failures")
+    print(f"{struck} kills, {skipped} damaged checkpoints skipped, {failures} failures")
     return not failures
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, help="runs of each kind at most; without it, all of them")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of moments")
-    args = parser.parse_args()
-    sys.exit(not main(args.count, args.seed))
+    sys.exit(not main(parser.parse_args().count))

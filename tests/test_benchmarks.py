@@ -2,8 +2,10 @@
 
 import json
 
+import guidance
 import likelihood
 import pytest
+import readme_tables
 import recipes
 import time_to_quality
 import torch
@@ -56,6 +58,35 @@ def test_error_over_t_of_a_network_that_predicts_nothing_is_the_power_of_v():
     alpha_bar = scheduler.alphas_cumprod[timesteps].float()
     power = alpha_bar + (1 - alpha_bar) * (images / 127.5 - 1).square().mean()
     torch.testing.assert_close(errors, power, rtol=0.1, atol=0)
+
+
+def test_guidance_is_measured_row_by_row_by_labels_and_by_guides(tmp_path, monkeypatch, capsys):
+    images, digits = torch.randint(0, 256, (40, 1, 28, 28), dtype=torch.uint8), torch.arange(40) % 10
+    monkeypatch.setattr(guidance, "real_images", lambda split: (images, digits))
+    for name, classes in {"conditional": 10, "plain": None, "weak": None}.items():
+        unet = MNISTUNet2DModel(sample_size=28, num_class_embeds=classes, **UNET)
+        MNISTDDPMPipeline(unet, MNISTDDPMScheduler(prediction_type="v_prediction")).save_pretrained(tmp_path / name)
+
+    def measured(key, *flags):
+        sizes = ("--num_images", 20, "--num_inference_steps", 2, "--output", tmp_path / f"{key}.json")
+        rows = guidance.main(guidance.parse_args([str(flag) for flag in (*sizes, *flags)]))[key]
+        assert json.loads((tmp_path / f"{key}.json").read_text(encoding="utf-8"))[key] == json.loads(json.dumps(rows))
+        return [(row["guide"], row["guidance_scale"], tuple(row["guidance_interval"])) for row in rows]
+
+    flags = ("--model", tmp_path / "conditional", "--scales", 1, 2, "--guidance_interval", 0.2, 0.8)
+    assert measured("guidance", *flags) == [("", 1, (0, 1)), ("", 2, (0.2, 0.8))]
+    flags = ("--model", tmp_path / "plain", "--scales", 1, 2, "--guides")
+    first = measured("guides", *flags, f"weak={tmp_path / 'weak' / 'unet'}")
+    assert first == [("", 1, (0, 1)), ("weak", 2, (0, 1))]
+    assert capsys.readouterr().out.count("recall") == 4
+    assert measured("guides", *flags, f"other={tmp_path / 'plain'}") == [*first, ("other", 2, (0, 1))]
+    assert capsys.readouterr().out.count("recall") == 1
+    assert "| real test images |  |" in readme_tables.section("guidance", tmp_path)
+    assert "| weak | 0." in readme_tables.section("guides", tmp_path)
+    with pytest.raises(ValueError, match="model must"):
+        guidance.main(
+            guidance.parse_args(["--model", str(tmp_path / "plain"), "--output", str(tmp_path / "none.json")])
+        )
 
 
 @pytest.mark.parametrize("tuned", [False, True])

@@ -50,20 +50,15 @@ def test_layout_is_that_of_the_hub(mnist):
         assert rows[0]["image"].mode == "L"
 
 
-def test_idx_files_put_together_again_have_the_sums_on_the_card(raw):
+def test_idx_files_put_together_again_and_raw_bytes_have_the_sums_on_the_card(raw):
     split, images, labels = raw
-    prefix = {"train": "train", "test": "t10k"}[split]
+    idx, plain = {"train": ("train", "training"), "test": ("t10k", "test")}[split]
     images_file = struct.pack(">4I", IDX_IMAGES, *images.shape) + images.tobytes()
     labels_file = struct.pack(">2I", IDX_LABELS, *labels.shape) + labels.tobytes()
-    assert sums(images_file) == sums_on_card(f"{prefix}-images-idx3-ubyte")
-    assert sums(labels_file) == sums_on_card(f"{prefix}-labels-idx1-ubyte")
-
-
-def test_raw_bytes_have_the_sums_on_the_card(raw):
-    split, images, labels = raw
-    name = {"train": "training", "test": "test"}[split]
-    assert sums(images.tobytes()) == sums_on_card(f"{name} images")
-    assert sums(labels.tobytes()) == sums_on_card(f"{name} labels")
+    assert sums(images_file) == sums_on_card(f"{idx}-images-idx3-ubyte")
+    assert sums(labels_file) == sums_on_card(f"{idx}-labels-idx1-ubyte")
+    assert sums(images.tobytes()) == sums_on_card(f"{plain} images")
+    assert sums(labels.tobytes()) == sums_on_card(f"{plain} labels")
 
 
 def test_counts_per_digit_are_those_on_the_card(raw):

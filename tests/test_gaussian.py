@@ -22,25 +22,15 @@ def best_eps(alpha_bar, mean=MEAN, variance=VARIANCE):
     return lambda x: (1 - alpha_bar) ** 0.5 * (x - alpha_bar**0.5 * mean) / (alpha_bar * variance + 1 - alpha_bar)
 
 
-def affine(step):
-    """Slope and intercept of an affine step, from its values at 0 and 1."""
-    zero, one = torch.zeros(1, 4, dtype=torch.float64), torch.ones(1, 4, dtype=torch.float64)
-    intercept = step(zero)[0]
-    return step(one)[0] - intercept, intercept
-
-
 def moments(scheduler, n, **options):
-    """Mean and variance of the samples, by recursion over the scheduler's own steps."""
+    """Mean and variance of the samples, by recursion over the scheduler's own steps, which are affine in x and z."""
     scheduler.set_timesteps(n)
     mean, variance = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    x, z = torch.tensor([[0.0, 1, 0], [0, 0, 1]], dtype=torch.float64)[:, :, None].expand(2, 3, 4)
     for t in scheduler.timesteps.tolist():
-        eps = best_eps(scheduler.alphas_cumprod[t])
-
-        def step(x, z, t=t, eps=eps):
-            return scheduler.step(eps(x), t, x, variance_noise=z * torch.ones_like(x), **options).prev_sample
-
-        slope, intercept = affine(lambda x: step(x, 0.0))
-        noise_std = step(torch.zeros(1, 4, dtype=torch.float64), 1.0)[0] - intercept
+        eps = best_eps(scheduler.alphas_cumprod[t])(x)
+        intercept, at_one, noisy = scheduler.step(eps, t, x, variance_noise=z, **options).prev_sample
+        slope, noise_std = at_one - intercept, noisy - intercept
         mean, variance = slope * mean + intercept, slope**2 * variance + noise_std**2
     return mean, variance
 

@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -16,9 +19,10 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from loopback_hub import USER, WRITER
 from test_pipeline import images, seeded, tiny_unet
 
+import mnist_ddpm
 from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
 from mnist_ddpm.pipeline import extrapolate
-from mnist_ddpm.sampling import SCHEDULERS, make_scheduler
+from mnist_ddpm.sampling import make_scheduler
 
 REPO = f"{USER}/digits"
 MEANS, STD = (-0.6, 0.2), 0.3  # of two classes, which are equally frequent
@@ -112,15 +116,6 @@ def test_a_guide_takes_the_place_of_the_prediction_without_label(labels):
     torch.testing.assert_close(guided, plain + shift, rtol=1e-6, atol=1e-6)
 
 
-def test_guidance_moves_samples_away_from_the_other_class():
-    pipe, options = pipeline(TwoClasses()), {"batch_size": 64, "class_labels": 1, "num_inference_steps": 20}
-    means = [
-        images(pipe, generator=seeded(0), guidance_scale=scale, **options).mean() * 2 - 1 for scale in (1.0, 2.0, 4.0)
-    ]
-    assert means[0] == pytest.approx(MEANS[1], abs=0.03)
-    assert means[0] + 0.02 < means[1] < means[2]
-
-
 def test_scale_1_is_no_guidance_bit_for_bit():
     unet = tiny_unet(num_class_embeds=3)
     sizes = batch_sizes(unet)
@@ -156,7 +151,7 @@ def test_the_variance_is_that_of_the_label():
         assert images(pipe, class_labels=1, guidance_scale=2.0).shape == (1, 1, 8, 8)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", ["ddpm", "dpmsolver_multistep", "heun"])
 def test_each_image_is_a_function_of_its_seed_and_its_label(scheduler):
     config = MNISTDDPMScheduler(prediction_type="v_prediction").config
     pipe, labels = pipeline(scheduler=make_scheduler(scheduler, config)), [2, 0, 1]
@@ -265,8 +260,34 @@ def test_push_and_download_with_a_guide_and_without(hub):
         guided_images(MNISTDDPMPipeline.from_pretrained(REPO)), guided_images(pipe), atol=1e-3, rtol=0
     )
     assert MNISTDDPMPipeline.from_pretrained(REPO, guide=None).guide is None
-    trusted = DiffusionPipeline.from_pretrained(REPO, trust_remote_code=True)
-    torch.testing.assert_close(guided_images(trusted), guided_images(pipe), atol=1e-3, rtol=0)
+
+    card = hub.files(REPO)["README.md"].decode()
+    assert "zero, one, two. " in card
+    assert "## Guide\n" in card
+    names = {}
+    for code in re.findall(r"```python\n(.*?)^```$", card, re.DOTALL | re.MULTILINE):
+        exec(code.replace("num_inference_steps=50", "num_inference_steps=2"), names)
+    assert len(names["images"]) == 4
+    hub.repos["models", REPO].commit({"README.md": b"own words"})
+    pipe.push_to_hub(REPO, token=WRITER)
+    assert hub.files(REPO)["README.md"] == b"own words"
+
+
+def test_a_new_process_without_the_package_takes_labels_and_a_guide(tmp_path):
+    pipe = guided_pipeline()
+    pipe.save_pretrained(tmp_path)
+    torch.save(guided_images(pipe), tmp_path / "expected.pt")
+    code = f"""
+import sys
+sys.modules["mnist_ddpm"] = None
+import torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+options = {{"class_labels": "two", "guidance_scale": 1.5, "num_inference_steps": 4, "output_type": "pt"}}
+images = pipe(generator=torch.Generator().manual_seed(0), **options).images
+torch.testing.assert_close(images, torch.load({str(tmp_path / "expected.pt")!r}), atol=1e-3, rtol=0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"HF_MODULES_CACHE": str(tmp_path)})
 
 
 def test_from_pipe_takes_over_guide_and_names():
@@ -302,6 +323,7 @@ def test_the_code_of_the_guide_runs(tmp_path, monkeypatch):
     unet = tiny_unet(num_class_embeds=10)
     for name in ("conditional", "weaker"):
         pipeline(unet, id2label={n: str(n) for n in range(10)}).save_pretrained(name)
+    monkeypatch.setattr(mnist_ddpm, "PRETRAINED_CONDITIONAL", tmp_path / "conditional")
     names = {}
     for code in blocks("python"):
         exec(code, names)
@@ -315,4 +337,4 @@ def test_the_commands_of_the_guide_have_flags_that_exist():
     for line in lines:
         _, script, *argv = shlex.split(line)
         importlib.import_module(Path(script).stem).parse_args(argv)
-    assert len(lines) == 4
+    assert len(lines) == 5

@@ -30,9 +30,7 @@ def test_an_animation_shows_each_step(tmp_path):
     assert (animation.n_frames, animation.size) == (3, (4, 1))
 
 
-@pytest.fixture
-def images() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (12, 28, 28), dtype=np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (12, 28, 28), dtype=np.uint8)
 
 
 def save(folder, samples: np.ndarray) -> str:
@@ -40,44 +38,43 @@ def save(folder, samples: np.ndarray) -> str:
     return str(folder / "samples.npy")
 
 
-def test_arrays_are_read_in_each_layout_as_bytes_or_as_fractions(tmp_path, images):
-    expected = torch.from_numpy(images)[:, None]
-    layouts = [images, images[:, None], images[..., None]]
-    for samples in [*layouts, *(x / np.float32(255) for x in layouts), images / 255]:
+def test_arrays_are_read_in_each_layout_as_bytes_or_as_fractions(tmp_path):
+    expected = torch.from_numpy(IMAGES)[:, None]
+    layouts = [IMAGES, IMAGES[:, None], IMAGES[..., None]]
+    for samples in [*layouts, *(x / np.float32(255) for x in layouts), IMAGES / 255]:
         assert torch.equal(read_samples(save(tmp_path, samples)), expected)
-    assert torch.equal(read_samples(save(tmp_path, images), num_images=5), expected[:5])
+    assert torch.equal(read_samples(save(tmp_path, IMAGES), num_images=5), expected[:5])
 
 
-def test_a_folder_is_read_in_the_order_of_its_names(tmp_path, images):
-    for i, image in enumerate(images):
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
+    for i, image in enumerate(IMAGES):
         Image.fromarray(image).save(tmp_path / f"{i:06}.png")
     (tmp_path / "settings.json").write_text("{}", encoding="utf-8")
-    assert torch.equal(read_samples(str(tmp_path)), torch.from_numpy(images)[:, None])
-    assert torch.equal(read_samples(str(tmp_path), num_images=1), torch.from_numpy(images[:1])[:, None])
+    for count in (None, 1):
+        assert torch.equal(read_samples(str(tmp_path), count), torch.from_numpy(IMAGES[:count])[:, None])
 
 
 @pytest.mark.parametrize(
-    "change",
+    "samples",
     [
-        lambda x: x.astype(np.int64),
-        lambda x: x / 127.5 - 1,
-        lambda x: np.where(x > 0, x / 255, np.nan),
-        lambda x: x.reshape(12, 784),
-        lambda x: np.stack([x, x, x], axis=1),
-        lambda x: x[:0],
+        IMAGES.astype(np.int64),
+        IMAGES / 127.5 - 1,
+        np.where(IMAGES > 0, IMAGES / 255, np.nan),
+        IMAGES.reshape(12, 784),
+        np.stack([IMAGES] * 3, axis=1),
+        IMAGES[:0],
+        IMAGES[:1],
     ],
 )
-def test_other_arrays_are_rejected(tmp_path, images, change):
-    with pytest.raises(ValueError, match="samples"):
-        read_samples(save(tmp_path, change(images)))
+def test_other_arrays_are_rejected(tmp_path, samples):
+    with pytest.raises(ValueError, match="samples must be 2 or more"):
+        read_samples(save(tmp_path, samples), num_images=2)
 
 
-def test_other_files_are_rejected(tmp_path, images):
+def test_other_files_are_rejected(tmp_path):
     (tmp_path / "text.npy").write_text("seven", encoding="utf-8")
-    np.savez(tmp_path / "many.npz", images=images)
-    np.save(tmp_path / "pickled.npy", images.astype(object))
-    for name in ("text.npy", "many.npz", "pickled.npy"):
-        with pytest.raises(ValueError, match="samples"):
+    np.savez(tmp_path / "many.npz", images=IMAGES)
+    np.save(tmp_path / "pickled.npy", IMAGES.astype(object))
+    for name, match in {"text.npy": "pickle", "many.npz": "samples", "pickled.npy": "pickle"}.items():
+        with pytest.raises(ValueError, match=match):
             read_samples(tmp_path / name)
-    with pytest.raises(ValueError, match="samples must be 13 or more"):
-        read_samples(save(tmp_path, images), num_images=13)

@@ -24,6 +24,15 @@ def cosine_alpha_bar():
     return (1 - (1 - f[1:] / f[:-1]).clamp(max=0.999)).cumprod(0)
 
 
+def model_output(batch, channels):
+    return torch.randn(len(batch.noise), channels, 4, 4, generator=torch.Generator().manual_seed(2))
+
+
+def loss_of(output, noise_schedule, batch, loss_type="simple", snr_gamma=None):
+    """The loss of a U-Net with this output."""
+    return DiffusionLoss(noise_schedule, snr_gamma, torch.device("cpu"), loss_type)(lambda *a, **k: (output,), batch)
+
+
 def random_batch(count=6):
     generator = torch.Generator().manual_seed(0)
     images, noise = torch.randn(2, count, 1, 4, 4, generator=generator)
@@ -86,10 +95,7 @@ def test_the_weighted_loss_of_one_x0_hat_does_not_depend_on_the_prediction_type(
         "v_prediction": alpha_bar.sqrt() * eps_hat - (1 - alpha_bar).sqrt() * x0_hat,
     }
     losses = [
-        DiffusionLoss(scheduler(kind), snr_gamma, torch.device("cpu"))(
-            lambda *args, output=output, **kwargs: (output,), batch
-        ).item()
-        for kind, output in predictions.items()
+        loss_of(output, scheduler(kind), batch, snr_gamma=snr_gamma).item() for kind, output in predictions.items()
     ]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)
 
@@ -101,20 +107,15 @@ def test_no_weight_is_infinite_where_the_snr_is_0():
     assert torch.isfinite(weights).all()
 
 
-def test_half_precision_predictions_are_compared_in_float32():
+@pytest.mark.parametrize("loss_type", ["simple", "vlb"])
+def test_half_precision_predictions_are_compared_in_float32(loss_type):
     batch = random_batch()
-    loss = DiffusionLoss(scheduler("epsilon"), None, torch.device("cpu"))(
-        lambda sample, *args, **kwargs: (torch.zeros_like(sample, dtype=torch.bfloat16),), batch
-    )
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, batch.noise.pow(2).mean())
+    output = model_output(batch, 1).bfloat16()
+    half, full = (loss_of(x, scheduler("epsilon"), batch, loss_type) for x in (output, output.float()))
+    assert (half.dtype, half) == (torch.float32, full)
 
 
 # The bound
-
-
-def model_output(batch, channels):
-    return torch.randn(len(batch.noise), channels, 4, 4, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
@@ -123,22 +124,11 @@ def test_vlb_is_the_bound_in_bits_per_dimension_and_ten_squared_errors(variance_
     noise_schedule = MNISTDDPMScheduler(num_train_timesteps=6, beta_end=0.3, variance_type=variance_type)
     batch = random_batch()._replace(timesteps=torch.arange(6))
     output = model_output(batch, 2 if variance_type == "learned_range" else 1)
-    loss = DiffusionLoss(noise_schedule, None, torch.device("cpu"), "vlb")(lambda *args, **kwargs: (output,), batch)
+    loss = loss_of(output, noise_schedule, batch, "vlb")
     noisy = noise_schedule.add_noise(batch.clean_images, batch.noise, batch.timesteps)
     terms = VariationalBound(noise_schedule).term(output, batch.timesteps, noisy, batch.clean_images)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, terms.sum() + 10 * (output[:, :1] - batch.noise).square().mean())
-
-
-def test_vlb_of_half_precision_predictions_is_taken_in_float32():
-    noise_schedule, batch = scheduler("epsilon"), random_batch()
-    output = model_output(batch, 1)
-    losses = [
-        DiffusionLoss(noise_schedule, None, torch.device("cpu"), "vlb")(lambda *a, x=x, **k: (x,), batch)
-        for x in (output.bfloat16(), output.bfloat16().float())
-    ]
-    assert losses[0].dtype == torch.float32
-    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -150,10 +140,7 @@ def test_in_the_hybrid_the_squared_error_trains_the_prediction_and_the_bound_the
     gradients = {}
     for loss_type in ("hybrid", "vlb"):
         output = model_output(batch, 2).requires_grad_()
-        loss = DiffusionLoss(noise_schedule, None, torch.device("cpu"), loss_type)(
-            lambda *args, x=output, **kwargs: (x,), batch
-        )
-        loss.backward()
+        loss_of(output, noise_schedule, batch, loss_type).backward()
         gradients[loss_type] = output.grad.chunk(2, dim=1)
     prediction = model_output(batch, 2).chunk(2, dim=1)[0]
     simple = 2 * (prediction - prediction_target(noise_schedule, batch)) / prediction.numel()

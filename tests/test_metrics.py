@@ -8,13 +8,7 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from transformers import (
-    AutoModelForImageClassification,
-    ResNetConfig,
-    ResNetForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
+import transformers
 
 from mnist_ddpm import metrics
 from mnist_ddpm.data import decode_images, load_split
@@ -74,24 +68,23 @@ def test_kernel_distance_is_the_unbiased_squared_mmd():
     assert std == pytest.approx(0, abs=1e-9)
 
 
-def test_kernel_distance_depends_on_the_seed_alone_and_leaves_the_global_generator():
-    features, reference = normal(60, 4), normal(80, 4, seed=1)
-    torch.manual_seed(0)
+def test_subsets_depend_on_the_seed_alone_and_leave_the_global_generator():
+    features, reference, values = normal(60, 4), normal(80, 4, seed=1), torch.arange(100)
     state = torch.get_rng_state()
-    first = metrics.kernel_distance(features, reference, seed=1, subset_size=30)
+    distances = [metrics.kernel_distance(features, reference, seed=seed, subset_size=30) for seed in (1, 1, 2)]
+    subsets = [metrics.random_subset(values, 40, seed=seed).tolist() for seed in (1, 1, 2)]
+    drawn = list(zip(distances, subsets, strict=True))
+    assert drawn[0] == drawn[1]
+    assert all(first != other for first, other in zip(drawn[0], drawn[2], strict=True))
+    assert len(set(drawn[0][1])) == 40
+    assert torch.equal(metrics.random_subset(values, 100), values)
     assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(5)
-    assert metrics.kernel_distance(features, reference, seed=1, subset_size=30) == first
-    assert metrics.kernel_distance(features, reference, seed=2, subset_size=30) != first
 
 
-def test_precision_and_recall_of_identical_and_of_disjoint_sets():
+def test_precision_and_recall_of_identical_and_disjoint_sets_and_of_modes_that_are_missed_or_invented():
     features = normal(50, 3)
     assert metrics.precision_recall(features, features) == (1, 1)
     assert metrics.precision_recall(features, features + 100) == (0, 0)
-
-
-def test_precision_and_recall_of_a_mode_that_is_missed_and_of_one_that_is_invented():
     near, far = torch.arange(4.0)[:, None], 100 + torch.arange(4.0)[:, None]
     both = torch.cat([near, far])
     assert metrics.precision_recall(near + 0.5, both) == (1, 0.5)
@@ -132,15 +125,6 @@ def test_copies_show_in_the_low_quantile():
     assert scores["nearest_distance"] > 1
 
 
-def test_random_subset_draws_without_replacement():
-    values = torch.arange(100)
-    subset = metrics.random_subset(values, 40, seed=3)
-    assert len(subset.unique()) == 40
-    assert torch.equal(subset, metrics.random_subset(values, 40, seed=3))
-    assert not torch.equal(subset, metrics.random_subset(values, 40, seed=4))
-    assert torch.equal(metrics.random_subset(values, 100), values)
-
-
 def test_images_on_another_scale_are_rejected(classifier):
     images = random_images(8, 1, 28, 28)
     for bad in (images / 255, images[:, 0]):
@@ -151,10 +135,9 @@ def test_images_on_another_scale_are_rejected(classifier):
 
 def test_features_of_a_resnet_are_its_pooled_output_and_its_head_gives_the_logits():
     torch.manual_seed(0)
-    config = ResNetConfig(
-        num_channels=1, embedding_size=4, hidden_sizes=[6], depths=[1], layer_type="basic", num_labels=5
-    )
-    model = ResNetForImageClassification(config).eval()
+    sizes = {"num_channels": 1, "embedding_size": 4, "hidden_sizes": [6], "depths": [1], "num_labels": 5}
+    config = transformers.ResNetConfig(**sizes, layer_type="basic")
+    model = transformers.ResNetForImageClassification(config).eval()
     images = random_images(3, 1, 28, 28)
     with torch.inference_mode():
         pixel_values = images / 127.5 - 1
@@ -167,16 +150,9 @@ def test_features_of_a_resnet_are_its_pooled_output_and_its_head_gives_the_logit
 
 def test_any_transformers_classifier_serves_at_its_own_size_channels_and_normalization():
     torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=8,
-        image_size=32,
-        patch_size=8,
-        num_labels=4,
-    )
-    model = ViTForImageClassification(config).eval()
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=4)
+    model = transformers.ViTForImageClassification(config).eval()
     mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
     images = random_images(2, 1, 28, 28)
     with torch.inference_mode():
@@ -204,7 +180,7 @@ def test_the_shipped_classifier_is_accurate_and_loads_by_transformers_alone(clas
     features = metrics.extract_features(classifier, images)
     logits = classifier.logits(features)
     assert float((logits.argmax(dim=1) == labels).double().mean()) >= 0.99
-    model = AutoModelForImageClassification.from_pretrained(metrics.CLASSIFIER)
+    model = transformers.AutoModelForImageClassification.from_pretrained(metrics.CLASSIFIER)
     with torch.inference_mode():
         torch.testing.assert_close(model(images[:10] / 127.5 - 1).logits, logits[:10], rtol=0, atol=1e-4)
     assert model.config.id2label == {digit: str(digit) for digit in range(10)}

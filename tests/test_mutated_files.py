@@ -3,14 +3,12 @@
 import contextlib
 import json
 import shutil
-import struct
 import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError
 
 from mnist_ddpm import MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
 
@@ -110,38 +108,3 @@ def test_no_code_is_run_that_an_index_names(saved, changed, monkeypatch, name, e
         MNISTDDPMPipeline.from_pretrained(folder)
     assert not trace.exists()
     assert not {"canary", "antigravity"} & (set(sys.modules) - before)
-
-
-def with_header(data, change, position, value):
-    """A safetensors file with one thing changed in its header."""
-    (length,) = struct.unpack("<Q", data[:8])
-    header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
-    names = sorted(name for name in header if name != "__metadata__")
-    entry = header[names[position % len(names)]]
-    match change:
-        case "truncate":
-            return data[: position * len(data) // 1000]
-        case "shape":
-            entry["shape"] = [value] * (1 + position % 3)
-        case "data_offsets":
-            entry["data_offsets"] = [value, entry["data_offsets"][1]]
-        case "rename":
-            header[str(value)] = header.pop(names[position % len(names)])
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + rest
-
-
-@settings(max_examples=30, derandomize=True, deadline=None, database=None)
-@given(
-    change=st.sampled_from(["truncate", "shape", "data_offsets", "rename"]),
-    position=st.integers(0, 999),
-    value=st.sampled_from([0, -1, 1, 3, 2**31, 2**63, "8", None, 1.5]),
-)
-def test_changed_weights_are_rejected(saved, changed, change, position, value):
-    data = with_header((saved / WEIGHTS).read_bytes(), change, position, value)
-    try:
-        pipe = MNISTDDPMPipeline.from_pretrained(changed(WEIGHTS, data))
-    except (ValueError, OSError, RuntimeError, SafetensorError):
-        return
-    # a shape of 1 may stand for itself
-    torch.testing.assert_close(prediction(pipe), prediction(MNISTDDPMPipeline.from_pretrained(saved)))

@@ -68,10 +68,10 @@ def test_imports_are_declared(path):
     assert distributions(imported(path, late=True)) <= requirements("train", "eval").keys()
 
 
-@pytest.mark.parametrize("folder", ["examples", "benchmarks", "docs", "tests"])
+@pytest.mark.parametrize("folder", ["examples", "benchmarks", "demo", "docs", "tests"])
 def test_imports_outside_of_the_package_are_declared(folder):
     modules = set().union(*(imported(path, late=True) for path in (ROOT / folder).glob("*.py")))
-    assert distributions(modules) <= requirements("train", "eval", "benchmarks", "onnx", "test").keys()
+    assert distributions(modules) <= requirements(*project()["optional-dependencies"]).keys()
 
 
 @pytest.mark.parametrize("name", ["schedulers", "unet", "pipeline"])
@@ -79,6 +79,7 @@ def test_files_that_published_repositories_copy_stand_alone(name):
     assert imported(PACKAGE / f"{name}.py", late=True) <= STANDALONE
 
 
+@pytest.mark.slow
 def test_import_brings_none_of_the_extras():
     code = "import sys, mnist_ddpm; print(*({'datasets', 'torchmetrics', 'tensorboard'} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -90,5 +91,11 @@ def test_constraints_pin_every_requirement_within_its_bounds():
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     pinned = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
     assert pinned["torch"] == "2.13.0"
-    for name, requirement in requirements("train", "eval", "benchmarks", "onnx", "test").items():
+    for name, requirement in requirements(*project()["optional-dependencies"]).items():
         assert requirement.specifier.contains(pinned[name]), f"{name} {pinned[name]} is not {requirement.specifier}"
+    assert f"sdk_version: {pinned['gradio']}\n" in (ROOT / "demo" / "README.md").read_text(encoding="utf-8")
+
+
+def test_space_installs_what_the_package_needs():
+    lines = (ROOT / "demo" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line[0] not in "#-"] == project()["dependencies"]

@@ -100,7 +100,7 @@ def test_trailing_gives_as_many_timesteps_as_asked_for():
     ours = MNISTDDPMScheduler()
     theirs = diffusers.DDPMScheduler(timestep_spacing="trailing")
     wrong = []
-    for n in range(1, 1001):
+    for n in [*range(1, 130), *range(130, 1001, 37)]:
         ours.set_timesteps(n)
         theirs.set_timesteps(n)
         assert len(ours.timesteps) == n
@@ -115,7 +115,6 @@ def test_trailing_gives_as_many_timesteps_as_asked_for():
             assert all(abs(ours.timesteps[i] - theirs.timesteps[i]) == 1 for i in different)
             assert len(different) <= len(halves)
     expect_fault(wrong[:4] == [61, 103, 121, 122], "one timestep too many")
-    assert len(wrong) in (0, 62) or diffusers.__version__ != TESTED
 
 
 @pytest.mark.parametrize("kind", ["DDPM", "DDIM"])

@@ -7,7 +7,6 @@ or the step of DDIM (arXiv 2010.02502, equations 12 and 16).
 import json
 from fractions import Fraction
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -346,48 +345,3 @@ def test_encoding_undoes_a_step_without_noise(config, n, timestep):
 
     same(scheduler.step(output(x_t), timestep, x_t).prev_sample, x_prev.numpy())
     same(scheduler.encode_step(output(x_prev), timestep, x_prev), x_t.numpy())
-
-
-# Configs of others ---------------------------------------------------------------------------------------------------
-
-NO_SCHEDULERS = [
-    "UNet2DConditionModel",
-    "StableDiffusionPipeline",
-    "utils",
-    "__doc__",
-    "FlowMatchEulerDiscreteScheduler",
-]
-OTHERS = ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
-SAME = {"beta_start": st.floats(1e-4, 0.05), "beta_end": st.floats(1e-4, 0.05)}
-SAME |= {"beta_schedule": st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2"])}
-KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "steps_offset")
-
-
-@BOTH
-@searched(40)
-@given(
-    name=st.sampled_from(OTHERS),
-    values=st.fixed_dictionaries({}, optional={key: GOOD[key] for key in KEYS} | SAME),
-    kept=st.sets(st.sampled_from(KEYS)),
-)
-def test_configs_of_others_mean_what_they_mean_there(kind, name, values, kept):
-    values = {key: int(v) if isinstance(v, np.integer) else v for key, v in values.items()}
-    other = getattr(diffusers, name)(**values)
-    config = {key: v for key, v in other.config.items() if key not in kept or key in values}  # the rest: defaults
-    config.pop("_use_default_values", None)
-    ours = SCHEDULERS[kind].from_config(config)
-    np.testing.assert_allclose(ours.betas, other.betas, rtol=1e-4, atol=1e-7)
-    for key in ("prediction_type", "steps_offset", "timestep_spacing"):
-        assert ours.config[key] == other.config[key]
-
-
-@BOTH
-@pytest.mark.parametrize("name", [*NO_SCHEDULERS, 5, ["a", "b"]])
-def test_configs_of_what_is_no_such_scheduler_are_refused(kind, name):
-    with pytest.raises(ValueError, match="_class_name"):
-        SCHEDULERS[kind].from_config({"_class_name": name})
-
-
-def test_a_list_of_defaults_that_no_saved_config_has_is_without_effect():
-    config = {"_class_name": "DDPMScheduler", "_use_default_values": ["timestep_spacing"]}
-    assert MNISTDDPMScheduler.from_config(config).config.timestep_spacing == "leading"

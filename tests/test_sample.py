@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import sample
 import torch
+from diffusers import LCMScheduler
 from PIL import Image
 
+import mnist_ddpm
 from mnist_ddpm import MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
+from mnist_ddpm.sampling import SCHEDULERS, auto_scheduler
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +50,45 @@ def test_writes_a_grid_and_nothing_else(tmp_path, model):
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
 
 
+def few_step_model(folder, model, num_levels=2) -> str:
+    """The same U-Net as a pipeline for few steps."""
+    pipe = MNISTDDPMPipeline.from_pretrained(model)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=num_levels)
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "scheduler"),
+    [
+        ((), auto_scheduler(3)),
+        (("--num_inference_steps", 40), auto_scheduler(40)),
+        (("--scheduler", "heun"), "heun"),
+        (("--eta", 0.5), "ddim"),
+        (("--noise_scale", 0.5), "ddpm"),
+    ],
+)
+def test_the_scheduler_is_chosen_by_the_number_of_steps_unless_it_is_named(tmp_path, model, flags, scheduler):
+    run(model, "--output_dir", tmp_path, "--num_images", 1, *flags)
+    settings = json.loads((tmp_path / "settings.json").read_text(encoding="utf-8"))
+    assert settings["scheduler"] == SCHEDULERS[scheduler]
+
+
+def test_a_pipeline_for_few_steps_keeps_its_scheduler_and_its_number_of_steps(tmp_path, model):
+    model = few_step_model(tmp_path / "model", model)
+    flags = ("--model", model, "--device", "cpu", "--output_dir", str(tmp_path / "images"), "--num_images", "1")
+    sample.main(sample.parse_args(flags))
+    settings = json.loads((tmp_path / "images" / "settings.json").read_text(encoding="utf-8"))
+    assert (settings["scheduler"], settings["num_inference_steps"]) == ("LCMScheduler", 2)
+
+
 def test_options_reach_the_scheduler(tmp_path, model):
     for name, flags in {"plain": (), "eta": ("--eta", 1.0), "seed": ("--seed", 1)}.items():
         run(model, "--output", tmp_path / f"{name}.png", "--num_images", 1, *flags)
     for name in ("eta", "seed"):
         assert np.abs(pixels(tmp_path / "plain.png") - pixels(tmp_path / f"{name}.png")).max() > 10
     with pytest.raises(ValueError, match="noise_scale"):
-        run(model, "--output", tmp_path / "noise_scale.png", "--noise_scale", 0.5)
+        run(model, "--output", tmp_path / "noise_scale.png", "--noise_scale", 0.5, "--scheduler", "ddim")
 
 
 def test_images_have_the_labels_in_turn_and_a_column_for_each(tmp_path, model):
@@ -71,6 +106,15 @@ def test_images_have_the_labels_in_turn_and_a_column_for_each(tmp_path, model):
         expected, other = (cells[name][i] for name in (("first", "second"), ("second", "first"))[i % 2])
         assert np.abs(cells["all"][i] - expected).max() <= 1
         assert np.abs(cells["all"][i] - other).max() > 10
+
+
+def test_labels_without_a_model_are_sampled_by_the_conditional_weights(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(mnist_ddpm, "PRETRAINED_CONDITIONAL", model)
+    flags = ("--num_images", 1, "--class_labels", 2, "--guidance_scale", 2, "--output")
+    run(model, *flags, tmp_path / "expected.png")
+    words = [*map(str, flags), str(tmp_path / "grid.png"), "--num_inference_steps", "3", "--device", "cpu"]
+    sample.main(sample.parse_args(words))
+    assert np.array_equal(pixels(tmp_path / "grid.png"), pixels(tmp_path / "expected.png"))
 
 
 def test_a_trajectory_is_shown_beside_the_grid(tmp_path, model):
@@ -113,6 +157,14 @@ def test_output_dir_is_of_one_model_and_one_seed(tmp_path, model):
     pipe.save_pretrained(model)  # trained further, under the same name
     with pytest.raises(ValueError, match="--output_dir"):
         run(model, *flags)
+    labels = ("--output_dir", tmp_path / "labels", "--num_images", 1, "--class_labels")
+    run(model, *labels, 2)
+    with pytest.raises(ValueError, match="--output_dir"):
+        run(model, *labels, 1)
+    pipe.guide = pipe.unet
+    pipe.save_pretrained(model)
+    with pytest.raises(ValueError, match="--output_dir"):
+        run(model, *labels, 2)
     (tmp_path / "images" / "settings.json").unlink()
     with pytest.raises(ValueError, match="--output_dir"):
         run(model, *flags)
@@ -123,7 +175,7 @@ def test_settings_stand_beside_the_images(tmp_path, model):
     settings = json.loads((tmp_path / "settings.json").read_text(encoding="utf-8"))
     assert len(settings.pop("weights")) == 16
     options = {"num_inference_steps": 3, "eta": None, "noise_scale": 0.5}
-    assert settings == {"model": model, "scheduler": "ddpm", "seed": 0, **options}
+    assert settings == {"model": model, "scheduler": "MNISTDDPMScheduler", "seed": 0, **options}
 
 
 @pytest.mark.slow

@@ -8,13 +8,18 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from diffusers import LCMScheduler
 from diffusers.utils import import_utils
 from tqdm import TqdmWarning
 
 from mnist_ddpm import PRETRAINED, MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
 from mnist_ddpm.sampling import (
+    AUTO,
     SCHEDULERS,
+    auto_scheduler,
+    default_steps,
     image_generators,
+    is_few_step,
     load_pipeline,
     make_scheduler,
     sample,
@@ -86,6 +91,33 @@ def test_heun_takes_small_steps_at_high_noise():
     scheduler.set_timesteps(10)
     sigmas = scheduler.sigmas.unique().flip(0)
     assert sigmas[0] / sigmas[1] < 20  # 3,000 without Karras' sigmas
+
+
+def test_auto_goes_by_the_number_of_steps(model):
+    assert sorted(AUTO) == list(AUTO)
+    names = list(AUTO.values())
+    assert [auto_scheduler(most) for most in AUTO] == names
+    assert [auto_scheduler(1), auto_scheduler(10**6)] == [names[0], names[-1]]
+    for steps, name in AUTO.items():
+        assert type(load_pipeline(model, "auto", "cpu", steps).scheduler).__name__ == SCHEDULERS[name]
+    assert type(load_pipeline(model, "auto", "cpu").scheduler).__name__ == SCHEDULERS[auto_scheduler(50)]
+
+
+def test_auto_clips_where_noise_is_predicted(tmp_path):
+    small_pipeline(beta_schedule="cosine").save_pretrained(tmp_path)
+    pipe = load_pipeline(tmp_path, "auto", "cpu", 3)
+    assert pipe.scheduler.config.clip_sample
+    assert auto_scheduler(3, "epsilon") == "ddim"
+
+
+def test_a_pipeline_for_few_steps_keeps_its_scheduler_unless_another_is_named(tmp_path):
+    pipe = small_pipeline(prediction_type="v_prediction")
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=2)
+    pipe.save_pretrained(tmp_path)
+    kept = load_pipeline(tmp_path, "auto", "cpu").scheduler
+    assert is_few_step(kept)
+    assert default_steps(kept) == 2
+    assert not is_few_step(load_pipeline(tmp_path, "ddim", "cpu").scheduler)
 
 
 def test_images_move_along_a_trajectory_to_the_sample(model):

@@ -5,6 +5,7 @@ The callers are held at each step until all of them are there, so that they are 
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import diffusers
 import pytest
@@ -20,10 +21,7 @@ SCHEDULERS = [
     # these keep what earlier steps gave, and count their steps
     diffusers.DPMSolverMultistepScheduler,
     diffusers.PNDMScheduler,
-    diffusers.UniPCMultistepScheduler,
     diffusers.HeunDiscreteScheduler,
-    diffusers.EulerAncestralDiscreteScheduler,
-    diffusers.LMSDiscreteScheduler,
 ]
 STEPS = [4 + caller for caller in range(CALLERS)]
 SHARED_STEPS = min(STEPS)
@@ -39,7 +37,10 @@ def tiny_unet(seed=0):
 
 
 def pipeline(scheduler, unet=None):
-    pipe = MNISTDDPMPipeline(unet=unet or tiny_unet(), scheduler=scheduler)
+    return quiet(MNISTDDPMPipeline(unet=unet or tiny_unet(), scheduler=scheduler))
+
+
+def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -85,15 +86,12 @@ def assert_equal(found, expected):
         assert torch.equal(images, alone), f"caller {caller}: off by {(images - alone).abs().max():.3g}"
 
 
-# One pipeline
-
-
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_callers_of_one_pipeline_do_not_disturb_each_other(scheduler):
     pipe = pipeline(scheduler())
     alone = [images(pipe, caller) for caller in range(CALLERS)]
     before = torch.get_rng_state()
-    assert_equal(in_threads(lambda caller, **callback: images(pipe, caller, **callback)), alone)
+    assert_equal(in_threads(partial(images, pipe)), alone)
     assert torch.equal(torch.get_rng_state(), before)  # all noise came from the callers' own generators
 
 
@@ -108,34 +106,21 @@ def test_callers_of_one_pipeline_have_their_own_options(scheduler, option):
     assert_equal(in_threads(lambda caller, **callback: images(pipe, caller, **options[caller], **callback)), alone)
 
 
-def test_a_callback_sees_its_own_call():
-    pipe = pipeline(MNISTDDIMScheduler())
-    seen = []
-
-    def see(pipe, caller, i):
-        seen.append((caller, pipe.num_timesteps, len(pipe.scheduler.timesteps)))
-
-    in_threads(lambda caller, **callback: images(pipe, caller, **callback), on_step=see)
-    assert sorted(set(seen)) == [(caller, steps, steps) for caller, steps in enumerate(STEPS)]
-
-
-def test_an_interrupt_ends_its_own_call_alone():
-    pipe = pipeline(MNISTDDIMScheduler())
+def test_an_interrupt_ends_its_own_call_alone_and_a_callback_sees_its_own_call():
+    pipe, seen = pipeline(MNISTDDIMScheduler()), set()
 
     def interrupt_the_first(pipe, caller, i):
+        seen.add((caller, pipe.num_timesteps, len(pipe.scheduler.timesteps)))
         if caller == 0 and i == SHARED_STEPS - 2:
             pipe._interrupt = True
 
     alone = [images(pipe, caller) for caller in range(CALLERS)]
     # callers are held for as many steps as all of them go
-    calls = in_threads(
-        lambda caller, **callback: images(pipe, caller, **callback),
-        steps=SHARED_STEPS - 1,
-        on_step=interrupt_the_first,
-    )
+    calls = in_threads(partial(images, pipe), steps=SHARED_STEPS - 1, on_step=interrupt_the_first)
     assert_equal(calls[1:], alone[1:])
     assert not torch.equal(calls[0], alone[0])
     assert not pipe._interrupt
+    assert seen == {(caller, steps, steps) for caller, steps in enumerate(STEPS)}
 
 
 def test_what_is_swapped_while_calls_run_is_for_the_next_ones():
@@ -149,7 +134,7 @@ def test_what_is_swapped_while_calls_run_is_for_the_next_ones():
             pipe.unet = other.unet
             pipe.set_progress_bar_config(disable=True, desc=f"step {i}")
 
-    assert_equal(in_threads(lambda caller, **callback: images(pipe, caller, **callback), on_step=swap), alone)
+    assert_equal(in_threads(partial(images, pipe), on_step=swap), alone)
     assert_equal([images(pipe, 0)], [images(other, 0)])
 
 
@@ -167,39 +152,17 @@ def test_a_scheduler_that_is_in_use_may_be_copied():
         assert len(scheduler._copies) == len(copies) + 1
 
 
-# A pipeline for each
-
-
-def test_pipelines_that_share_their_components():
-    first = pipeline(diffusers.DPMSolverMultistepScheduler())
-    alone = [images(first, caller) for caller in range(CALLERS)]
-    pipes = [first, *(pipeline(first.scheduler, first.unet) for _ in range(CALLERS - 1))]
-    assert_equal(in_threads(lambda caller, **callback: images(pipes[caller], caller, **callback)), alone)
-
-
-def test_pipelines_with_components_of_their_own():
-    pipes = [pipeline(scheduler(), tiny_unet(seed)) for seed, scheduler in enumerate(SCHEDULERS)]
-    alone = [images(pipe, caller) for caller, pipe in enumerate(pipes)]
-    assert_equal(in_threads(lambda caller, **callback: images(pipes[caller], caller, **callback)), alone)
-
-
 def test_pipelines_may_be_loaded_in_threads(tmp_path):
     """Loads at the same time would leave torch as diffusers patches it for a load: new weights without memory."""
     pipeline(MNISTDDIMScheduler()).save_pretrained(tmp_path)
     all_there = threading.Barrier(CALLERS)
 
-    def load(caller):
+    def load(_):
         all_there.wait(TIMEOUT)
-        return pipeline_of(tmp_path)
+        return MNISTDDPMPipeline.from_pretrained(tmp_path, disable_mmap=True)  # mapped weights differ in the last bits
 
-    alone = images(pipeline_of(tmp_path), caller=0)
     with ThreadPoolExecutor(CALLERS) as pool:
         pipes = list(pool.map(load, range(CALLERS)))
     assert torch.nn.Linear(1, 1).weight.device.type == "cpu"
-    assert_equal([images(pipe, caller=0) for pipe in pipes], [alone] * CALLERS)
-
-
-def pipeline_of(folder):
-    pipe = MNISTDDPMPipeline.from_pretrained(folder, disable_mmap=True)  # mapped weights differ in the last bits
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    alone = MNISTDDPMPipeline.from_pretrained(tmp_path, disable_mmap=True)
+    assert_equal([images(quiet(pipe), caller=0) for pipe in pipes], [images(quiet(alone), caller=0)] * CALLERS)

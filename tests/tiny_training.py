@@ -35,6 +35,7 @@ def write_workplace(folder: Path, **unet: object) -> Path:
 
 def command_line(workplace: Path, *flags: object, **defaults: object) -> list[str]:
     """Flags of a short run on those images: six steps of four images unless the flags say otherwise."""
+    words = [word for flag in flags for word in (flag.split() if isinstance(flag, str) else [str(flag)])]
     defaults = {
         "dataset_name": workplace / "images",
         "cache_dir": workplace / "cache",
@@ -46,6 +47,6 @@ def command_line(workplace: Path, *flags: object, **defaults: object) -> list[st
         "ddpm_num_inference_steps": 2,
         "logger": "none",
     } | defaults
-    if "--num_epochs" not in flags:
+    if "--num_epochs" not in words:
         defaults.setdefault("max_train_steps", 6)
-    return [str(part) for name, value in defaults.items() for part in (f"--{name}", value)] + list(map(str, flags))
+    return [str(part) for name, value in defaults.items() for part in (f"--{name}", value)] + words

@@ -1,4 +1,4 @@
-"""Unconditional diffusion on MNIST: DDPM and DDIM for Hugging Face diffusers."""
+"""DDPM and DDIM for Hugging Face diffusers: images of MNIST from noise, with labels and without."""
 
 from pathlib import Path
 
@@ -12,10 +12,16 @@ __version__ = "0.1.0"
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 """The folder of the trained pipeline that comes with the package: `MNISTDDPMPipeline.from_pretrained(PRETRAINED)`."""
+PRETRAINED_CONDITIONAL = Path(__file__).parent / "pretrained_conditional"
+"""The folder of the pipeline that takes `class_labels`."""
+PRETRAINED_FEW_STEP = Path(__file__).parent / "pretrained_few_step"
+"""The folder of the pipeline that was distilled from it, for `num_inference_steps` from 1 to 4."""
 
 __all__ = [
     "CLASSIFIER",
     "PRETRAINED",
+    "PRETRAINED_CONDITIONAL",
+    "PRETRAINED_FEW_STEP",
     "MNISTDDIMScheduler",
     "MNISTDDPMPipeline",
     "MNISTDDPMScheduler",

@@ -39,9 +39,6 @@ def _cpu_name() -> str:
 
 def check_writable(path: Path) -> None:
     """Raise an OSError, before any work, if this file can't be written; makes its folder."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OSError(f"output must be a file that can be written, got {path} ({error}).") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
+        pass

@@ -5,8 +5,11 @@ import gzip
 import itertools
 import logging
 import re
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
@@ -25,7 +28,10 @@ _COPY = Path(__file__).resolve().parents[2] / "data" / "mnist"  # beside src/ in
 MNIST = str(_COPY) if _COPY.is_dir() else "ylecun/mnist"
 """The data set to train on by default: the copy in the repository, or the one on the Hub."""
 
-READABLE = "a folder of images, Parquet or ubyte files (MNIST's), a Parquet or ubyte file, or a data set on the Hub"
+READABLE = (
+    "a folder of images, of Parquet files or of one set of ubyte files (MNIST's), a Parquet or ubyte file, or a data "
+    "set on the Hub"
+)
 MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 ERRORS = (OSError, SyntaxError, TypeError, ValueError, NotImplementedError)  # of pyarrow and Pillow
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -89,6 +95,8 @@ def load_split(
             reason = f"There is no such folder, and on the Hub: {reason}"
         if set(str(path)) & set("[]*?"):
             reason += " Rename the folder: `datasets` takes [, ], * and ? in a path as a pattern."
+        if broken := [str(file) for file in path.rglob("*.zip") if not zipfile.is_zipfile(file)]:
+            reason += f" Remove {', '.join(broken)}."
         raise ValueError(
             f"dataset_name must be {READABLE}, got {str(dataset_name)!r} (config_name={config_name!r}, "
             f"split={split!r}). {reason}"
@@ -130,24 +138,17 @@ def decode_images(
     color = ImageColor.getrgb(background)[:3]
     seen: Counter[str] = Counter()
     for index, (name, image) in enumerate(_open_images(dataset, image_column, seen)):
-        found = 1 if Image.getmodebase(image.mode) == "L" else 3
-        if index == 0:
-            target = channels or found
-        elif channels is None and found != target:
-            raise ValueError(
-                f"channels must be given where gray and color are mixed, got {found} in {name} and {target} before. "
-                "Pass channels=1 (--channels 1) for gray or channels=3 (--channels 3) for RGB."
-            )
+        target = channels or (1 if Image.getmodebase(image.mode) == "L" else 3)
         if target != 4 and image.has_transparency_data:
             image = _composite(image, color, seen)
         pixels = _pixels(image.convert(MODE_OF_CHANNELS[target]), resolution, center_crop)
         if index == 0:
-            images = torch.empty(len(dataset), *pixels.shape, dtype=torch.uint8)
+            images = torch.empty(len(dataset), *pixels.shape, dtype=torch.uint8, device="cpu")
         elif pixels.shape != images.shape[1:]:
-            size, before = (f"{width} x {height}" for _, height, width in (pixels.shape, images.shape[1:]))
-            remedy = "resolution=28 (--resolution 28)" if resolution is None else "center_crop=True (--center_crop)"
             raise ValueError(
-                f"resolution must be given if sizes differ, got {size} in {name} and {before} before. Pass {remedy}."
+                f"dataset must hold images of one shape (channels, height, width), got {pixels.shape} in {name} and "
+                f"{tuple(images.shape[1:])} before. Pass resolution=28 (--resolution 28) with center_crop for one "
+                "size, channels=1 (--channels 1) for gray or channels=3 (--channels 3) for RGB."
             )
         images[index] = torch.from_numpy(pixels)
     if seen["transparent"]:
@@ -198,7 +199,7 @@ def load_labels(dataset: "Dataset", label_column: str = "label") -> tuple[torch.
         names = feature.names
     else:
         names = [str(label) for label in range(1 + max(values, default=0))]
-    return torch.tensor(values, dtype=torch.int64), names
+    return torch.tensor(values, dtype=torch.int64, device="cpu"), names
 
 
 # Folders and files
@@ -231,8 +232,11 @@ def _load_local(path: Path, config_name: str | None, split: str, cache_dir: str 
         return datasets.load_dataset("parquet", data_files=data_files, split=split, cache_dir=cache_dir)
     files = list(path.rglob("*"))
     suffixes = {file.suffix.lower() for file in files}
-    if ubytes := [file for file in files if UBYTE.search(file.name) and file.is_file()]:
-        return _take(_ubyte_splits(ubytes), split)
+    # torchvision keeps a file both packed and unpacked
+    ubytes = {file.with_suffix(file.suffix.removesuffix(".gz")) for file in files if UBYTE.search(file.name)}
+    splits = {"test" if re.search("t10k|test", file.name) else "train": file for file in ubytes}
+    if splits and len(splits) == len(ubytes):
+        return _take({name: _load_ubyte(file) for name, file in splits.items()}, split)
     if not config_name and suffixes & IMAGE_SUFFIXES and not suffixes & {".md", ".parquet"}:
         # named, since `datasets` goes by the most frequent kind of file, which captions or annotations may be
         return datasets.load_dataset("imagefolder", data_dir=str(path), split=split, cache_dir=cache_dir)
@@ -246,17 +250,6 @@ def _take(splits: "Mapping[str, Dataset]", split: str) -> "Dataset":
 
     parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
-
-
-def _ubyte_splits(files: list[Path]) -> "dict[str, Dataset]":
-    """The splits in files such as train-images-idx3-ubyte and t10k-images-idx3-ubyte.gz."""
-    images: dict[str, Path] = {}
-    for file in files:
-        name = "test" if re.search("t10k|test", file.name) else "train"
-        unpacked = file.with_name(file.name.removesuffix(".gz"))  # torchvision keeps both
-        if images.setdefault(name, unpacked) != unpacked:
-            raise ValueError(f"It holds both {images[name]} and {unpacked}. Name one folder or file.")
-    return {name: _load_ubyte(path) for name, path in images.items()}
 
 
 def _load_ubyte(path: Path) -> "Dataset":
@@ -278,12 +271,13 @@ def _load_ubyte(path: Path) -> "Dataset":
 def _read_ubyte(path: Path, ndim: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Read MNIST's format, gzipped or not: 0, 0, type, number of dimensions; the dimensions; the values."""
     data = (path if path.exists() else path.with_name(f"{path.name}.gz")).read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        data = gzip.decompress(data)
-    if data[:4] != bytes([0, 0, 8, ndim]):  # 8 for unsigned bytes
-        raise ValueError(f"{path.name} is neither a Parquet nor a ubyte file of {ndim} dimensions. Name a folder.")
-    shape = np.frombuffer(data, ">u4", count=ndim, offset=4)
-    return np.frombuffer(data, np.uint8, offset=4 + shape.nbytes).reshape(shape)
+    with suppress(OSError, EOFError, ValueError, zlib.error):  # where it is cut short
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+        if data[:4] == bytes([0, 0, 8, ndim]):  # 8 for unsigned bytes
+            shape = np.frombuffer(data, ">u4", count=ndim, offset=4)
+            return np.frombuffer(data, np.uint8, offset=4 + shape.nbytes).reshape(shape)
+    raise ValueError(f"{path} is neither a Parquet file nor a whole ubyte file of {ndim} dimensions.")
 
 
 # Images
@@ -292,6 +286,7 @@ def _read_ubyte(path: Path, ndim: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
 def _open_images(dataset: "Dataset", image_column: str, seen: "Counter[str]") -> "Iterator[tuple[str, Image.Image]]":
     """Open the images one by one, with a name for messages."""
     import datasets
+    from datasets.utils.file_utils import xopen
     from PIL import Image
 
     encoded = dataset.select_columns(image_column)
@@ -301,16 +296,20 @@ def _open_images(dataset: "Dataset", image_column: str, seen: "Counter[str]") ->
         rows = (row for batch in encoded.iter(batch_size=1000) for row in batch[image_column].to_pylist())
         for index, row in enumerate(itertools.chain([next(rows)], rows)):  # one row at least
             name = f"image {index}" + (f" ({row['path']})" if row and row["path"] else "")
-            yield name, _open(BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"], seen)
+            data = row["bytes"]
+            if data is None:
+                with xopen(row["path"], "rb") as file:  # which may be in an archive
+                    data = file.read()
+            yield name, _open(data, seen)
     except (StopIteration, *ERRORS, Image.DecompressionBombError) as error:
         raise ValueError(f"image_column must hold images, got {name}, which can't be decoded: {error}") from error
 
 
-def _open(file: BytesIO | str, seen: "Counter[str]") -> "Image.Image":
+def _open(data: bytes, seen: "Counter[str]") -> "Image.Image":
     """Open an image, the right way up, with 8 bits per channel; what Pillow loses on the way is put right."""
     from PIL import Image, ImageCms, ImageOps
 
-    image: Any = Image.open(file)
+    image: Any = Image.open(BytesIO(data))
     rawmode = image.tile[0][3] if image.format == "PNG" else ""
     match rawmode, image.info.get("transparency"):  # the level that is transparent, at the depth of the file
         case "1" | "L;2" | "L;4", int(level):

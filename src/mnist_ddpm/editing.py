@@ -8,9 +8,9 @@ They need no training of their own.
 """
 
 import copy
-import inspect
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -60,14 +60,25 @@ class _EditingPipeline(MNISTDDPMPipeline):
     """What the pipelines here share: images come in, and what is saved is the plain pipeline."""
 
     def _begin(
-        self, image: Any, num_inference_steps: int, class_labels: Any, scale: float, interval: tuple[float, float]
-    ) -> tuple[Any, torch.Tensor, torch.Tensor | None, list[float]]:
-        """A copy of the pipeline for one call; x_0 in [-1, 1], `(B, C, H, W)`; labels; guidance scales."""
+        self,
+        image: Any,
+        generator: torch.Generator | list[torch.Generator] | None,
+        num_inference_steps: int,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        eta: float | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> "_Edit":
+        """Prepare one call; these are the options of all pipelines here."""
         call = copy.copy(self)
         x_0 = call._tensor(image) * 2 - 1
         call._prepare_scheduler(num_inference_steps, None)
         labels = None if class_labels is None else call._class_numbers(class_labels, len(x_0))
-        return call, x_0, labels, call._guidance_scales(scale, interval, labels)
+        scales = call._guidance_scales(guidance_scale, guidance_interval, labels)
+        options = _given(call.scheduler.step, {"generator": generator, "eta": eta})
+        return _Edit(call, x_0, generator, labels, scales, options, output_type, return_dict)
 
     def _tensor(self, image: Any) -> torch.Tensor:
         """Images in [0, 1] as a tensor `(B, C, H, W)` on the device."""
@@ -77,31 +88,54 @@ class _EditingPipeline(MNISTDDPMPipeline):
         x: torch.Tensor = pixels.to(self._execution_device, torch.promote_types(pixels.dtype, torch.float32))
         return x
 
-    def _noise(self, like: torch.Tensor, generator: Any) -> torch.Tensor:
-        """N(0, I), drawn in float32."""
-        noise = randn_tensor(tuple(like.shape), generator=generator, device=like.device, dtype=torch.float32)
-        z: torch.Tensor = noise.to(like)
-        return z
-
-    def _step_options(self, generator: Any, eta: float | None) -> dict[str, Any]:
-        """What the scheduler's `step` takes besides prediction, timestep and sample."""
-        options = _given(self.scheduler.step, {"eta": eta})
-        if "generator" in inspect.signature(self.scheduler.step).parameters:
-            options["generator"] = generator
-        return options
-
-    def _output(self, sample: torch.Tensor, output_type: str, return_dict: bool) -> Any:
-        """Images of the output type."""
-        if not sample.isfinite().all():
-            raise RuntimeError("sample must be finite, got NaN or infinity. Check the weights and the dtype.")
-        self.maybe_free_model_hooks()
-        images = self._images(sample, output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+    def _check_scheduler(self, is_fit: bool, wanted: str) -> None:
+        """Reject a scheduler whose steps don't do for an edit."""
+        if not is_fit:
+            raise ValueError(f"scheduler must be {wanted}, got {type(self.scheduler).__name__}.")
 
     def save_pretrained(self, save_directory: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Save the pipeline as an `MNISTDDPMPipeline`, from which this one can be made again."""
         plain = MNISTDDPMPipeline(**self.components, id2label=self.config.get("id2label"))
         plain.save_pretrained(save_directory, safe_serialization, **kwargs)
+
+
+@dataclass
+class _Edit:
+    """One call of a pipeline: a copy of it, x_0 in [-1, 1] `(B, C, H, W)`, and what each step takes."""
+
+    pipe: _EditingPipeline
+    x_0: torch.Tensor
+    generator: Any
+    labels: torch.Tensor | None
+    scales: list[float]
+    options: dict[str, Any]
+    output_type: str
+    return_dict: bool
+    visited: list[Any] = field(default_factory=list)
+    finite: list[torch.Tensor] = field(default_factory=list)
+
+    def noise(self) -> torch.Tensor:
+        """N(0, I) of the shape of x_0, drawn in float32."""
+        device, shape = self.x_0.device, tuple(self.x_0.shape)
+        noise = randn_tensor(shape, generator=self.generator, device=device, dtype=torch.float32)
+        z: torch.Tensor = noise.to(self.x_0)
+        return z
+
+    def step(self, i: int, sample: torch.Tensor) -> torch.Tensor:
+        """The sample after step i."""
+        t = self.pipe.scheduler.timesteps[i]
+        prediction = self.pipe._predict(sample, t, self.labels, self.scales[i])
+        x_prev: torch.Tensor = self.pipe.scheduler.step(prediction, t, sample, **self.options).prev_sample
+        self.visited.append(t)
+        self.finite.append(x_prev.isfinite().all())
+        return x_prev
+
+    def images(self, sample: torch.Tensor) -> Any:
+        """Images of the output type."""
+        self.pipe._check_finite(self.finite, self.visited)
+        self.pipe.maybe_free_model_hooks()
+        images = VaeImageProcessor().postprocess(sample, output_type=self.output_type)
+        return ImagePipelineOutput(images=images) if self.return_dict else (images,)
 
 
 class MNISTImg2ImgPipeline(_EditingPipeline):
@@ -117,12 +151,7 @@ class MNISTImg2ImgPipeline(_EditingPipeline):
         strength: float = 0.6,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int = 50,
-        class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
-        guidance_scale: float = 1.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        eta: float | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
+        **options: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Make images that resemble others.
 
@@ -130,42 +159,31 @@ class MNISTImg2ImgPipeline(_EditingPipeline):
             image: The others: an image or a list of them, or in [0, 1] an array `(B, H, W, C)` or a tensor
                 `(B, C, H, W)`.
             strength: The share of the steps that are taken. 0 leaves the image as it is, 1 forgets it.
-            generator: As for `MNISTDDPMPipeline`, and so are the arguments below.
+            generator: As for `MNISTDDPMPipeline`.
             num_inference_steps: The steps of strength 1.
-            class_labels: One for all images or one for each.
-            guidance_scale: 1 is none.
-            guidance_interval: The t / T at which guidance acts.
-            eta: The weight of DDIM's noise.
-            output_type: `"pil"`, `"np"` or `"pt"`.
-            return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
+            options: `class_labels`, `guidance_scale`, `guidance_interval`, `eta`, `output_type` and `return_dict`, as
+                for `MNISTDDPMPipeline`.
 
         Raises:
             ValueError: If an argument does not fit the scheduler, the U-Net or the number of images.
         """
         if not 0 <= strength <= 1:
             raise ValueError(f"strength must be from 0 to 1, got {strength}.")
-        call, x_0, labels, scales = self._begin(
-            image, num_inference_steps, class_labels, guidance_scale, guidance_interval
-        )
-        scheduler = call.scheduler
-        if hasattr(scheduler, "prk_timesteps"):
-            raise ValueError("scheduler must be one that can begin halfway, got PNDMScheduler. Use DDIM.")
+        edit = self._begin(image, generator, num_inference_steps, **options)
+        scheduler = edit.pipe.scheduler
+        edit.pipe._check_scheduler(not hasattr(scheduler, "prk_timesteps"), "one that can begin halfway, like DDIM")
         order = getattr(scheduler, "order", 1)  # timesteps that a step takes, of Heun for instance
-        first = (num_inference_steps - round(strength * num_inference_steps)) * order
-        timesteps = scheduler.timesteps[first:]
+        first, last = (num_inference_steps - round(strength * num_inference_steps)) * order, len(scheduler.timesteps)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
-        noise = call._noise(x_0, generator)
-        if len(timesteps) == 0:
-            sample = x_0
-        elif first == 0:
+        sample, noise = edit.x_0, edit.noise()
+        if first == 0:
             sample = noise * scheduler.init_noise_sigma
-        else:
-            sample = scheduler.add_noise(x_0, noise, timesteps[:1].expand(len(x_0)))
-        options = call._step_options(generator, eta)
-        for t, scale in zip(call.progress_bar(timesteps), scales[first:], strict=True):
-            sample = scheduler.step(call._predict(sample, t, labels, scale), t, sample, **options).prev_sample
-        return self._output(sample, output_type, return_dict)
+        elif first < last:
+            sample = scheduler.add_noise(sample, noise, scheduler.timesteps[first].expand(len(sample)))
+        for i in edit.pipe.progress_bar(range(first, last)):
+            sample = edit.step(i, sample)
+        return edit.images(sample)
 
     @torch.no_grad()
     def invert(
@@ -193,16 +211,16 @@ class MNISTImg2ImgPipeline(_EditingPipeline):
         Raises:
             ValueError: If the scheduler is not DDIM without clipping, which can't be undone.
         """
-        call, sample, labels, _ = self._begin(image, num_inference_steps, class_labels, 1.0, (0.0, 1.0))
-        scheduler = call.scheduler
-        if not isinstance(scheduler, MNISTDDIMScheduler) or scheduler.config.clip_sample:
-            raise ValueError(f"scheduler must be an MNISTDDIMScheduler with clip_sample=False, got {scheduler}.")
+        edit = self._begin(image, None, num_inference_steps, class_labels)
+        call, sample, scheduler = edit.pipe, edit.x_0, edit.pipe.scheduler
+        is_exact = isinstance(scheduler, MNISTDDIMScheduler) and not scheduler.config.clip_sample
+        call._check_scheduler(is_exact, "an MNISTDDIMScheduler with clip_sample=False")
         steps = scheduler.timesteps.flip(0)
         phis = [0.0, *scheduler.alphas_cumprod.double()[steps.cpu()].sqrt().acos().tolist()]
         for t, (phi_prev, phi) in zip(call.progress_bar(steps), pairwise(phis), strict=True):
             cos, sin, previous = math.cos(phi - phi_prev), math.sin(phi - phi_prev), sample
             for _ in range(num_iterations):
-                sample = (previous + sin * call._velocity(sample, t, labels, phi)) / cos
+                sample = (previous + sin * call._velocity(sample, t, edit.labels, phi)) / cos
         return sample
 
     def _velocity(self, x_t: torch.Tensor, t: torch.Tensor, labels: Any, phi: float) -> torch.Tensor:
@@ -260,12 +278,7 @@ class MNISTInpaintPipeline(_EditingPipeline):
         num_inference_steps: int = 50,
         jump_length: int = 5,
         jump_n_sample: int = 5,
-        class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
-        guidance_scale: float = 1.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        eta: float | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
+        **options: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Fill in the masked part of images.
 
@@ -275,46 +288,33 @@ class MNISTInpaintPipeline(_EditingPipeline):
         Args:
             image: An image or a list of them, or in [0, 1] an array `(B, H, W, C)` or a tensor `(B, C, H, W)`.
             mask_image: White (1) where it is made anew, black (0) where it is kept; one for all or one for each.
-            generator: As for `MNISTDDPMPipeline`, and so are the arguments below.
+            generator: As for `MNISTDDPMPipeline`.
             num_inference_steps: Steps without those that are taken again.
             jump_length: How many steps are gone back at a time. Longer jumps change more of the shape. Short ones, in
                 many steps, are exact: the new part is distributed as it is given the known one.
             jump_n_sample: How often each stretch of steps is taken.
-            class_labels: One for all images or one for each.
-            guidance_scale: 1 is none.
-            guidance_interval: The t / T at which guidance acts.
-            eta: The weight of DDIM's noise.
-            output_type: `"pil"`, `"np"` or `"pt"`.
-            return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
+            options: As for `MNISTImg2ImgPipeline`.
 
         Raises:
             ValueError: If an argument does not fit the scheduler, the U-Net or the number of images.
         """
-        call, x_0, labels, scales = self._begin(
-            image, num_inference_steps, class_labels, guidance_scale, guidance_interval
-        )
-        scheduler = call.scheduler
-        if not isinstance(scheduler, MNISTDDPMScheduler | MNISTDDIMScheduler | DDPMScheduler | DDIMScheduler):
-            name = type(scheduler).__name__
-            raise ValueError(f"scheduler must be DDPM or DDIM, got {name}, which remembers earlier steps.")
+        edit = self._begin(image, generator, num_inference_steps, **options)
+        call, x_0, scheduler = edit.pipe, edit.x_0, edit.pipe.scheduler
+        kinds = MNISTDDPMScheduler | MNISTDDIMScheduler | DDPMScheduler | DDIMScheduler
+        call._check_scheduler(isinstance(scheduler, kinds), "DDPM or DDIM, which remember no earlier steps")
         hidden = call._tensor(mask_image)[:, :1] >= 0.5
         timesteps, n = scheduler.timesteps, len(scheduler.timesteps)
         # by level: 0 is the image
         alpha_bars = [1.0, *scheduler.alphas_cumprod.double()[timesteps.cpu()].flip(0).tolist()]
-        options = call._step_options(generator, eta)
-        sample = call._noise(x_0, generator)
+        sample = edit.noise()
         levels = repaint_schedule(n, jump_length, jump_n_sample)
         for level, new in pairwise(call.progress_bar(levels)):
             if new > level:  # q(x_new | x_level)
                 kept = alpha_bars[new] / alpha_bars[level]
-                sample = kept**0.5 * sample + (1 - kept) ** 0.5 * call._noise(x_0, generator)
+                sample = kept**0.5 * sample + (1 - kept) ** 0.5 * edit.noise()
                 continue
-            t = timesteps[n - level]
-            prediction = call._predict(sample, t, labels, scales[n - level])
-            sample = scheduler.step(prediction, t, sample, **options).prev_sample
-            known = x_0
+            sample, known = edit.step(n - level, sample), x_0
             if new > 0:
-                noise = call._noise(x_0, generator)
-                known = alpha_bars[new] ** 0.5 * x_0 + (1 - alpha_bars[new]) ** 0.5 * noise
+                known = alpha_bars[new] ** 0.5 * x_0 + (1 - alpha_bars[new]) ** 0.5 * edit.noise()
             sample = torch.where(hidden, sample, known)
-        return self._output(sample, output_type, return_dict)
+        return edit.images(sample)

@@ -38,7 +38,6 @@ library_name: diffusers
 pipeline_tag: unconditional-image-generation
 license: apache-2.0
 tags:
-- unconditional-image-generation
 - diffusion
 - ddpm
 - ddim
@@ -81,16 +80,20 @@ unet = MNISTUNet2DModel.from_pretrained("namespace/name", subfolder="unet")
 scheduler = MNISTDDPMScheduler.from_pretrained("namespace/name", subfolder="scheduler")
 ```
 """
-CLASSES = """## Classes
+CLASSES = """
+## Classes
 
 {names}. A call takes one for all images, or a list with one for each:
 
 ```python
-from mnist_ddpm import MNISTDDPMPipeline
-
-pipe = MNISTDDPMPipeline.from_pretrained("namespace/name")
 images = pipe(batch_size=4, class_labels={name}, guidance_scale=2.0, num_inference_steps=50).images
-```"""
+```
+"""
+GUIDE = """
+## Guide
+
+A weaker U-Net, from which `pipe(guidance_scale=1.4)` leads away ([arXiv 2406.02507](https://arxiv.org/abs/2406.02507)).
+"""
 EVALUATION = """## Evaluation
 
 FID, KID, precision and recall are measured on features of an MNIST classifier, so they don't compare with those of
@@ -165,7 +168,7 @@ def publish(
     with _pushing_to(repo_id, token, advice):
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         card = _read_card(folder)
-        if card != CARD or not file_exists(repo_id, CARD_FILE, token=token):
+        if card != _plain_card(folder) or not file_exists(repo_id, CARD_FILE, token=token):
             operations.append(CommitOperationAdd(CARD_FILE, card.replace(CARD_REPO_ID, repo_id).encode()))
         message = commit_message or "Upload MNISTDDPMPipeline"
         commit = create_commit(repo_id, operations, commit_message=message, token=token, create_pr=create_pr)
@@ -192,7 +195,7 @@ def finish_folder(
     """Add a card to a pipeline that was just saved, if it has none, and publish it if asked to."""
     path = Path(folder, CARD_FILE)
     if not path.exists():
-        path.write_text(CARD, encoding="utf-8")
+        _write_card(folder, _plain_card(folder))
     if push_to_hub:
         publish(folder, repo_id or Path(folder).resolve().name, **options)
 
@@ -249,7 +252,6 @@ def write_card(
     dataset: str | None = None,
     command: Sequence[str] = (),
     parameters: Mapping[str, Any] | None = None,
-    classes: Sequence[str] = (),
 ) -> None:
     """Write the model card of a saved pipeline: how to load it, and how it was trained.
 
@@ -260,13 +262,10 @@ def write_card(
         dataset: The Hub id of the data set.
         command: The training command, word by word.
         parameters: The parameters of the training, by name.
-        classes: The names of the classes.
     """
-    card = ModelCard(CARD)
+    card = ModelCard(_plain_card(folder))
     data: Any = card.data
     sections = []
-    if classes:
-        sections.append(CLASSES.format(names=", ".join(classes), name=json.dumps(classes[0], ensure_ascii=False)))
     if command:
         sections.append(f"## Training\n\n```bash\n{shlex.join(_public_words(command))}\n```")
     if parameters:
@@ -304,15 +303,26 @@ def add_scores(folder: str | os.PathLike[str], scores: Mapping[str, Any], *, com
     _write_card(folder, card)
 
 
-def _write_card(folder: str | os.PathLike[str], card: ModelCard) -> None:
+def _plain_card(folder: str | os.PathLike[str]) -> str:
+    """The card that every saved pipeline starts with: how to load it, its classes, its guide."""
+    index = json.loads((Path(folder) / INDEX_FILE).read_text(encoding="utf-8"))
+    names = [index["id2label"][number] for number in sorted(index.get("id2label", {}), key=int)]
+    card = CARD
+    if names:
+        card = card.replace("- ddim\n", "- ddim\n- class-conditional\n")
+        card += CLASSES.format(names=", ".join(names), name=json.dumps(names[0], ensure_ascii=False))
+    return card + GUIDE if "guide" in index else card
+
+
+def _write_card(folder: str | os.PathLike[str], card: ModelCard | str) -> None:
     """Write a card; names that are not valid Unicode, as files may have, are escaped."""
     (Path(folder) / CARD_FILE).write_bytes(str(card).encode("utf-8", "backslashreplace"))
 
 
 def _read_card(folder: str | os.PathLike[str]) -> str:
-    """The card of a folder, or the one that every pipeline starts with."""
+    """The card of a folder, or the one that every saved pipeline starts with."""
     path = Path(folder) / CARD_FILE
-    return path.read_text(encoding="utf-8") if path.exists() else CARD
+    return path.read_text(encoding="utf-8") if path.exists() else _plain_card(folder)
 
 
 def _public_words(command: Sequence[str]) -> list[str]:
@@ -359,7 +369,7 @@ def _pushing_to(repo_id: str, token: str | None, advice: str = "") -> Iterator[N
         yield
     except Exception as error:  # whatever the network, the server and the client can do
         status = getattr(getattr(error, "response", None), "status_code", None)
-        remedy = REMEDIES.get(status and min(status, 500), "the Hub refused: check the name")
+        remedy = REMEDIES.get(status and min(status, 500), "the Hub rejected it: check the name")
         first, *_ = str(error).strip().splitlines() or [""]
         details = f"{type(error).__name__}: {first} {getattr(error, 'server_message', None) or ''}".strip()
         reason = str(error) if isinstance(error, ValueError) else f"{remedy} ({details})"

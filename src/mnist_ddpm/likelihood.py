@@ -52,7 +52,7 @@ class VariationalBound:
     """
 
     def __init__(self, scheduler: MNISTDDPMScheduler):
-        """Work out the coefficients of each timestep in float64."""
+        """Compute the coefficients of each timestep in float64."""
         self.scheduler = scheduler
         self.timesteps = scheduler.timesteps.flip(0).cpu()
         alpha_bar = scheduler.alphas_cumprod.numpy(force=True)
@@ -131,7 +131,7 @@ class VariationalBound:
         error = c.snr_gain * (x_0 - x0_hat).square()
         bits: torch.Tensor = (log_ratio + torch.expm1(-log_ratio) + torch.exp(-log_ratio) * error) / (2 * LN_2)
         at_decoder = t == self.timesteps[0].item()
-        if not at_decoder.is_cpu or at_decoder.any():  # the decoder takes long, but to ask a device takes longer
+        if not at_decoder.is_cpu or at_decoder.any():  # the decoder is slow, and waiting for a device is slower
             log_variance = c.log_posterior_variance + log_ratio
             decoder_bits = -discretized_gaussian_log_likelihood(x_0, x0_hat, log_variance) / LN_2
             bits = torch.where(at_decoder.view(-1, *[1] * (x_0.ndim - 1)), decoder_bits, bits)
@@ -219,7 +219,7 @@ def discretized_gaussian_log_likelihood(
 ) -> torch.Tensor:
     """The log probability of pixels under a Gaussian that is cut into 256 bins (DDPM, equation 13).
 
-    Each bin is 2/255 wide, with its value in the middle; the bins of -1 and 1 go on to infinity.
+    Each bin is 2/255 wide, with its value in the middle; the bins of -1 and 1 extend to infinity.
 
     Args:
         x_0: pixels, on the grid of 256 values in [-1, 1], any shape.
@@ -249,7 +249,7 @@ class BitsPerDim:
 
     Args:
         prior: L_T of each image, shape `(N,)`.
-        timesteps: those whose terms were worked out, ascending, the decoder's first, shape `(N, k)`.
+        timesteps: those whose terms were computed, ascending, the decoder's first, shape `(N, k)`.
         terms: the terms of the bound there, shape `(N, k)`.
         weights: how many timesteps each of the k stands for, shape `(k,)`: all 1 where k is T.
     """

@@ -7,17 +7,20 @@ import copy
 import importlib
 import inspect
 import json
+import logging
 import os
 import shutil
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import HeunDiscreteScheduler, ModelMixin, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
@@ -25,6 +28,8 @@ from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 LEARNED = ("learned", "learned_range")
 VARIANCE_SCHEDULERS = {"MNISTDDPMScheduler", "DDPMScheduler", "DDPMParallelScheduler", "UnCLIPScheduler"}
 LOADING = threading.RLock()  # diffusers patches torch for all threads while it builds a model
+# diffusers 0.42 warns at each `.to(dtype)` of modules to keep in float32, even if there are none
+logging.getLogger("diffusers.models.modeling_utils").addFilter(lambda log: "in float32: []" not in log.getMessage())
 
 
 class MNISTDDPMPipeline(DiffusionPipeline):
@@ -82,9 +87,9 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         on a copy of the scheduler, so threads may share a pipeline (but not with `enable_model_cpu_offload`).
 
         Args:
-            batch_size: How many images.
+            batch_size: How many images, 1 or more.
             generator: The source of randomness: one for all, or a list. With a list, each image depends on its own.
-            latents: The noise to start from, N(0, I) of shape `(B, C, H, W)`. The sample is float64 if this is.
+            latents: The noise to start from, N(0, I) of shape `(B, C, H, W)`. The sample is float64 if they are.
             num_inference_steps: How many steps, by default all of training. DDIM and the solvers need 50 or fewer.
             timesteps: The timesteps to visit instead, in decreasing order; only for schedulers that take them.
             class_labels: Numbers or names of classes, one for all images or one for each. None: no label.
@@ -98,7 +103,7 @@ class MNISTDDPMPipeline(DiffusionPipeline):
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: Called as `callback(pipe, step_index, timestep, tensors)` after each step; `latents`
                 of the dict it returns replace the sample. `pipe._interrupt = True` ends the call, which `pipe` is of.
-            callback_on_step_end_tensor_inputs: The `tensors`: `latents`, `pred_original_sample` if there is one.
+            callback_on_step_end_tensor_inputs: The `tensors`: `latents`, `pred_original_sample` (which may be None).
 
         Raises:
             ValueError: If an argument does not fit the scheduler, the U-Net or the batch size.
@@ -112,42 +117,37 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         if output_type not in allowed:
             raise ValueError(f"output_type must be one of {allowed} for {channels} channels, got {output_type!r}.")
         call._prepare_scheduler(num_inference_steps, timesteps)
-        step = call.scheduler.step
-        clipped = use_clipped_model_output
-        options = _given(step, {"eta": eta, "use_clipped_model_output": clipped, "noise_scale": noise_scale})
-        if "generator" in inspect.signature(step).parameters:
-            options["generator"] = generator
+        options = {"eta": eta, "use_clipped_model_output": use_clipped_model_output, "noise_scale": noise_scale}
+        options = _given(call.scheduler.step, options | {"generator": generator})
         labels = None if class_labels is None else call._class_numbers(class_labels, batch_size)
         scales = call._guidance_scales(guidance_scale, guidance_interval, labels)
         sample = call._initial_noise(batch_size, generator, latents)
         finite = []
         for i, t in enumerate(call.progress_bar(call.scheduler.timesteps)):
             model_output = call._predict(sample, t, labels, scales[i])
-            output = step(model_output, t, sample, **options)
+            output = call.scheduler.step(model_output, t, sample, **options)
             sample = output.prev_sample
             if callback_on_step_end is not None:
-                tensors = call._callback_tensors(output, callback_on_step_end_tensor_inputs)
+                tensors = {"latents": sample, "pred_original_sample": getattr(output, "pred_original_sample", None)}
+                tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 sample = callback_on_step_end(call, i, t, tensors).get("latents", sample).to(sample)
             finite.append(torch.isfinite(model_output).all() & torch.isfinite(sample).all())  # read after the loop
             if call._interrupt:
                 break
-        call._check_finite(torch.stack(finite))
+        call._check_finite(finite, call.scheduler.timesteps)
         self.maybe_free_model_hooks()
-        images = self._images(sample, output_type)
+        images = VaeImageProcessor().postprocess(sample, output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _initial_noise(self, batch_size: int, generator: Any, latents: torch.Tensor | None) -> torch.Tensor:
         """x_T for the scheduler: N(0, I), drawn in float32 or given, times the largest noise level."""
-        size = self.unet.config.sample_size
-        if size is None:
-            raise ValueError("sample_size of the U-Net's config must be the size of its images, got None. Set it.")
-        shape = (batch_size, self.unet.config.in_channels, *([size, size] if isinstance(size, int) else size))
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"generator must be a list of {batch_size}, one per image, got {len(generator)}.")
+        counts = {len(given) for given in (generator, latents) if isinstance(given, list | torch.Tensor)}
+        if batch_size < 1 or counts - {batch_size}:
+            raise ValueError(f"batch_size must be >= 1 and fit generator and latents, got {batch_size}, {counts}.")
         if latents is None:
+            size = self.unet.config.sample_size
+            shape = batch_size, self.unet.config.in_channels, *([size, size] if isinstance(size, int) else size)
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents must be of shape {shape}, got {tuple(latents.shape)}. Set batch_size to match.")
         dtype = torch.promote_types(latents.dtype, torch.float32)
         return latents.to(self._execution_device, dtype) * self.scheduler.init_noise_sigma
 
@@ -184,46 +184,39 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         outputs = [unet(x.to(unet.dtype), t, **options).sample.to(sample.dtype) for unet in unets]
         strong, *weak = [part for output in outputs for part in output.split(len(sample))]
         output = extrapolate(strong, weak[0], scale, channels) if weak else strong
-        return output if _reads_variance(self.scheduler) else output[:, :channels]
-
-    def _images(self, sample: torch.Tensor, output_type: str) -> Any:
-        """From a sample in [-1, 1] to images of the output type."""
-        images: Any = (sample / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            images = images.permute(0, 2, 3, 1).float().cpu().numpy()
-        return self.numpy_to_pil(images) if output_type == "pil" else images
+        return output if self.scheduler.config.get("variance_type") in LEARNED else output[:, :channels]
 
     def _prepare_scheduler(self, num_inference_steps: int | None, timesteps: Sequence[int] | None) -> None:
         """Replace the scheduler by a copy whose timesteps are set."""
         self.scheduler = scheduler = copy.deepcopy(self.scheduler)
-        if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("use_flow_sigmas"):
-            remedy = "Use DDPM, DDIM, DPM-Solver, UniPC, Euler or Heun: flow matching and EDM need another model."
-            raise ValueError(f"scheduler must be for DDPM's betas, got {type(scheduler).__name__}. {remedy}")
         if num_inference_steps is None and timesteps is None:
             num_inference_steps = scheduler.config.num_train_timesteps
+        n: Any = num_inference_steps if timesteps is None else len(timesteps)
+        required = [p for p in inspect.signature(scheduler.step).parameters.values() if p.default is p.empty]
+        too_few = n < 4 and scheduler.config.get("skip_prk_steps") is False  # PNDM begins with 4 of Runge-Kutta
+        of_ddpm = hasattr(scheduler, "alphas_cumprod") and not scheduler.config.get("use_flow_sigmas")
+        if not of_ddpm or len(required) > 3 or too_few:  # RePaint's `step` needs an image
+            got = f"got {type(scheduler).__name__} in {n} steps. Use DDPM, DDIM, DPM-Solver, UniPC, Euler or Heun."
+            raise ValueError(f"scheduler must be for DDPM's betas, from noise alone and in so many steps, {got}")
         asked = {"num_inference_steps": num_inference_steps, "timesteps": timesteps}
         scheduler.set_timesteps(**_given(scheduler.set_timesteps, asked), device=self._execution_device)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)  # spares the search for each timestep, a wait for the device
-        if scheduler.config.get("variance_type") in LEARNED and not _reads_variance(scheduler):
-            scheduler.register_to_config(variance_type="fixed_small")  # else DPM-Solver keeps three channels only
+        reads_variance = any(base.__name__ in VARIANCE_SCHEDULERS for base in type(scheduler).__mro__)
+        if scheduler.config.get("variance_type") in LEARNED and not reads_variance:
+            scheduler.register_to_config(variance_type="fixed_small")  # it keeps the setting, and splits nothing
+        if isinstance(scheduler, HeunDiscreteScheduler) and scheduler.sigmas[0] > 1000 * scheduler.sigmas[1] > 0:
+            warnings.warn("Heun speckles images in so few steps. Set use_karras_sigmas=True.", stacklevel=4)
         self.num_timesteps = len(scheduler.timesteps)
 
-    def _callback_tensors(self, output: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The tensors that a callback asks for."""
-        x0_hat = getattr(output, "pred_original_sample", None)
-        tensors = {"latents": output.prev_sample} | ({} if x0_hat is None else {"pred_original_sample": x0_hat})
-        if not set(names) <= set(tensors):
-            raise ValueError(f"callback_on_step_end_tensor_inputs must be of {list(tensors)}, got {list(names)}.")
-        return {name: tensors[name] for name in names}
-
-    def _check_finite(self, finite: torch.Tensor) -> None:
+    def _check_finite(self, finite: list[torch.Tensor], timesteps: Sequence[Any]) -> None:
         """Raise if the sample was not finite at some step, with the step and the likely cause."""
-        if not finite.all():
-            step, timesteps = int((~finite).int().argmax()), self.scheduler.timesteps
+        steps = [i for i, is_finite in enumerate(finite) if not is_finite]
+        if steps:
             broken = [name for name, weight in self.unet.named_parameters() if not torch.isfinite(weight).all()]
-            cause = f"weights ({broken[0]})" if broken else f"dtype ({self.unet.dtype}) and the scheduler's config"
-            where = f"step {step + 1} of {len(timesteps)} on (timestep {timesteps[step]:g})"
+            causes = f"dtype ({self.unet.dtype}), eta (0 to 1) and the scheduler's config"
+            cause = f"weights ({broken[0]})" if broken else causes
+            where = f"step {steps[0] + 1} of {len(timesteps)} on (timestep {timesteps[steps[0]]:g})"
             raise RuntimeError(f"sample must be finite, got NaN or infinity from {where}. Check the {cause}.")
 
     # Loading and saving
@@ -242,8 +235,7 @@ class MNISTDDPMPipeline(DiffusionPipeline):
             ValueError: If `use_safetensors=False`.
             OSError: If there is no such pipeline, or it has no weights in safetensors.
         """
-        if kwargs.pop("use_safetensors", None) is False:
-            raise ValueError("use_safetensors must be True, got False. Pickled weights may run code.")
+        _check_safe("use_safetensors", kwargs.pop("use_safetensors", True))
         with LOADING:
             return super().from_pretrained(os.fspath(pretrained_model_name_or_path), use_safetensors=True, **kwargs)
 
@@ -279,8 +271,7 @@ class MNISTDDPMPipeline(DiffusionPipeline):
             ValueError: If `safe_serialization=False`.
             RuntimeError: If the upload fails; the message gives the remedy.
         """
-        if not safe_serialization:
-            raise ValueError("safe_serialization must be True, got False. Pickled weights may run code.")
+        _check_safe("safe_serialization", safe_serialization)
         self.register_modules(guide=self.guide)  # diffusers misses one that is set where there was none
         folder, hub = str(save_directory), _hub()
         if hub is None:
@@ -313,19 +304,19 @@ def extrapolate(strong: torch.Tensor, weak: torch.Tensor, scale: float, channels
     return torch.cat([guided, strong[:, channels:]], dim=1)
 
 
-def _reads_variance(scheduler: Any) -> bool:
-    """Whether `scheduler.step` splits a prediction of 2C channels; other schedulers keep the setting, but don't."""
-    splits = any(base.__name__ in VARIANCE_SCHEDULERS for base in type(scheduler).__mro__)
-    return splits and scheduler.config.get("variance_type") in LEARNED
-
-
 def _given(method: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
-    """The options that are not None, if a scheduler's method takes them."""
-    given = {name: value for name, value in options.items() if value is not None}
-    for name, value in given.items():
-        if name not in inspect.signature(method).parameters:
-            raise ValueError(f"{name} must be None for {method.__qualname__}, got {value!r}. Leave it out.")
+    """The options that are not None, which a scheduler's method must take; no generator if it draws nothing."""
+    takes = inspect.signature(method).parameters
+    given = {k: v for k, v in options.items() if v is not None and (k in takes or k != "generator")}
+    for name in given.keys() - takes.keys():
+        raise ValueError(f"{name} must be None for {method.__qualname__}, got {given[name]!r}. Leave it out.")
     return given
+
+
+def _check_safe(name: str, value: bool | None) -> None:
+    """Reject pickled weights."""
+    if value is False:
+        raise ValueError(f"{name} must be True, got False. Pickled weights may run code.")
 
 
 def _hub() -> Any:

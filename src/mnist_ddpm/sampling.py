@@ -33,6 +33,26 @@ SCHEDULERS = {
 }
 """Short names of the schedulers that sample a pipeline, and their classes in this package or in diffusers."""
 
+AUTO = {20: "unipc", 1000: "ddpm"}
+"""Up to how many steps `"auto"` takes which scheduler: the one of the lowest FID for the package's weights in
+`benchmarks/results/few_steps.json`."""
+
+
+def auto_scheduler(num_inference_steps: int, prediction_type: str = "v_prediction") -> str:
+    """The name in `SCHEDULERS` that `"auto"` stands for in so many steps.
+
+    For a model that predicts noise it is DDIM, which clips x0_hat: solvers don't, and in the first step, from a
+    signal near 0, an error would grow without bound.
+    """
+    if prediction_type == "epsilon":
+        return "ddim"
+    return next((name for most, name in AUTO.items() if num_inference_steps <= most), [*AUTO.values()][-1])
+
+
+def default_steps(scheduler: Any) -> int:
+    """How many steps to take where nobody says so: 50, or as many as suit a pipeline for few steps."""
+    return min(4, scheduler.config.original_inference_steps) if is_few_step(scheduler) else 50
+
 
 def make_scheduler(name: str, config: Any) -> Any:
     """Make the scheduler of a name in `SCHEDULERS` from the config of another, with the options that suit it.
@@ -56,15 +76,25 @@ def make_scheduler(name: str, config: Any) -> Any:
     return scheduler_class.from_config({**config, **options})
 
 
+def is_few_step(scheduler: Any) -> bool:
+    """Whether a pipeline with this scheduler was distilled to few steps: other schedulers don't fit its U-Net."""
+    return isinstance(scheduler, diffusers.LCMScheduler)
+
+
 def load_pipeline(
-    model: str | os.PathLike[str] | None = None, scheduler: str = "ddim", device: str | None = None
+    model: str | os.PathLike[str] | None = None,
+    scheduler: str = "ddim",
+    device: str | None = None,
+    num_inference_steps: int | None = None,
 ) -> MNISTDDPMPipeline:
     """Load a saved pipeline with the scheduler of a name in `SCHEDULERS`.
 
     Args:
         model: A folder or a Hub id; None for the pipeline that comes with the package.
-        scheduler: A name in `SCHEDULERS`.
+        scheduler: A name in `SCHEDULERS`; or `"auto"` for the one that is best at this number of steps, which for a
+            pipeline that was distilled to few steps is its own.
         device: Where to; None for a GPU if there is one.
+        num_inference_steps: How many steps `"auto"` is for, by default `default_steps`.
 
     Raises:
         ValueError: If there is no such pipeline or scheduler, or the pipeline is damaged.
@@ -76,7 +106,11 @@ def load_pipeline(
         pipe = MNISTDDPMPipeline.from_pretrained(model, low_cpu_mem_usage=is_accelerate_available(), **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"model must be the folder or Hub id of a pipeline, got {model!r}. {error}") from error
-    pipe.scheduler = make_scheduler(scheduler, pipe.scheduler.config)
+    if scheduler == "auto" and not is_few_step(pipe.scheduler):
+        steps = num_inference_steps or default_steps(pipe.scheduler)
+        scheduler = auto_scheduler(steps, pipe.scheduler.config["prediction_type"])
+    if scheduler != "auto":
+        pipe.scheduler = make_scheduler(scheduler, pipe.scheduler.config)
     pipe.to(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     return pipe
 

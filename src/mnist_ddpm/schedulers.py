@@ -19,8 +19,9 @@ Coefficients are tabulated in float64. A step reads a row, computes in at least 
 import inspect
 import math
 import operator
+from collections import namedtuple
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -103,7 +104,7 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
 
     def _predict_x0(self, output: Tensor, x_t: Tensor, c: "Row") -> Tensor:
         """x0_hat from what the model predicts (for eps: DDPM, equation 15), clipped as the config says."""
-        match self._option("prediction_type"):
+        match self.config["prediction_type"]:
             case "epsilon":
                 check_signal(c.sqrt_alpha_bar_t)
                 x0_hat = (x_t - c.sqrt_one_minus_alpha_bar_t * output) / c.sqrt_alpha_bar_t
@@ -140,12 +141,14 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("num_inference_steps or timesteps must be given, and not both.")
         if num_inference_steps is not None:
-            spacing, offset = self._option("timestep_spacing"), self.config["steps_offset"]
+            spacing, offset = self.config["timestep_spacing"], self.config["steps_offset"]
             timesteps = spaced_timesteps(spacing, len(self), operator.index(num_inference_steps), offset)
-        self._visit(timesteps, device)
+        self.timesteps = timesteps
+        self._timesteps = self.timesteps.to(device)
+        self._table(self.timesteps.device, torch.float32)  # copied now, as a step should not wait for it
         self.num_inference_steps = len(self.timesteps)
-        if self._option("prediction_type") == "epsilon":
-            check_signal(self.alphas_cumprod[self._visited[0]])
+        if self.config["prediction_type"] == "epsilon":
+            check_signal(self.alphas_cumprod[int(self.timesteps[0])])
 
     @property
     def timesteps(self) -> Tensor:
@@ -153,26 +156,22 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
         return self._timesteps
 
     @timesteps.setter
-    def timesteps(self, timesteps: Tensor) -> None:
-        self._visit(timesteps)
+    def timesteps(self, timesteps: Any) -> None:
+        timesteps = torch.as_tensor(timesteps, device=getattr(timesteps, "device", "cpu"))
+        check_timesteps(timesteps, len(self))
+        self._timesteps = timesteps.long()
+        self._made_for = timesteps.to("cpu", torch.int64, copy=True)
+        prev = next_visited(self._made_for, torch.arange(len(self), device="cpu"))
+        alpha_bar, beta = self.alphas_cumprod.cpu(), self.betas.cpu()
+        alpha_bar_prev = alpha_bar[prev].where(prev >= 0, self.final_alpha_cumprod.cpu())
+        self._rows = tabulate(alpha_bar, alpha_bar_prev, beta, last=prev < 0)
+        self._copies: dict[Any, Tensor] = {}
+        self._table(self._timesteps.device, torch.float32)
 
     def previous_timestep(self, timestep: Timesteps) -> Any:
         """The timestep that is visited after the given one, -1 after the last; of the type and shape of the input."""
         prev = next_visited(self.timesteps, torch.as_tensor(timestep, device=self.timesteps.device).long())
         return prev.to(timestep.device) if isinstance(timestep, Tensor) else int(prev)
-
-    def _visit(self, timesteps: Any, device: Any = None) -> None:
-        """Set the timesteps, and tabulate the steps between them."""
-        timesteps = torch.as_tensor(timesteps, device=getattr(timesteps, "device", "cpu"))
-        check_timesteps(timesteps, len(self))
-        self._timesteps = timesteps.to(timesteps.device if device is None else device, torch.int64)
-        self._visited = timesteps.to("cpu", torch.int64, copy=True)
-        prev = next_visited(self._visited, torch.arange(len(self), device="cpu"))
-        alpha_bar, beta = self.alphas_cumprod.cpu(), self.betas.cpu()
-        alpha_bar_prev = alpha_bar[prev].where(prev >= 0, self.final_alpha_cumprod.cpu())
-        self._rows = tabulate(alpha_bar, alpha_bar_prev, beta, last=prev < 0)
-        self._copies: dict[Any, Tensor] = {}
-        self._table(self._timesteps.device, torch.float32)  # copied now, as a step should not wait for it
 
     def _table(self, *where: Any) -> Tensor:
         """The rows of all timesteps `(T, k)` on a device and in a dtype, copied there once."""
@@ -182,7 +181,7 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
 
     def _coefficients(self, timestep: Timesteps, sample: Tensor) -> "Row":
         """The row of a timestep, as tensors `(1, 1, 1, 1)` or `(B, 1, 1, 1)` in at least float32."""
-        if self._timesteps.is_cpu and not torch.compiler.is_compiling() and not self._timesteps.equal(self._visited):
+        if self._timesteps.is_cpu and not torch.compiler.is_compiling() and not self._timesteps.equal(self._made_for):
             self.timesteps = self._timesteps  # it was written to in place
         check_images("sample", sample, sample.shape)
         t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, device="cpu")
@@ -199,35 +198,28 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
         """Put the config in canonical form, then make the tables."""
         config = canonical({**self.config, "simple_var": simple_var, "_class_name": type(self).__name__})
         self._internal_dict = config
-        for name in CHOICES:
-            self._option(name)
+        for name, choices in CHOICES.items():
+            check_choice(name, config[name], choices)
         self.betas = betas_of(config)
         self.alphas = 1 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
         self.alphas_cumprod_prev = torch.cat([self.betas.new_ones(1), self.alphas_cumprod[:-1]])
         self.final_alpha_cumprod = self.betas.new_tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
-        self._visit(range(len(self) - 1, -1, -1))  # until set_timesteps is called, sampling visits every timestep
+        self.timesteps = range(len(self) - 1, -1, -1)  # all of them, until set_timesteps is called
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep a config that may be written to, where diffusers or a pipeline replaces it as a whole."""
         if name == "_internal_dict":
-            live = LiveConfig(self._internal_dict if "betas" in self.__dict__ else value)
+            live = LiveConfig({**value, **self._internal_dict} if "betas" in self.__dict__ else value)
             for key in value:
-                live[key] = value[key]  # refuses other betas
+                live[key] = value[key]  # rejects other betas
             value = live
         super().__setattr__(name, value)
-
-    def _option(self, name: str) -> str:
-        """A choice of the config, looked up when it is needed, as the config may be written to."""
-        value: str = self.config[name]
-        if value not in CHOICES[name]:
-            raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}.")
-        return value
 
     @property
     def simple_var(self) -> bool:
         """Whether the backward noise has variance `beta_t` (`variance_type="fixed_large"`), not the posterior's."""
-        return self._option("variance_type") == "fixed_large"
+        return bool(self.config["variance_type"] == "fixed_large")
 
     def __len__(self) -> int:
         """T, the number of training timesteps."""
@@ -239,23 +231,12 @@ class MNISTSchedulerBase(SchedulerMixin, ConfigMixin):
         return super().extract_init_dict(with_defaults(cls, canonical(config_dict)), **canonical(kwargs))
 
 
-class Row(NamedTuple):
-    """The coefficients of one timestep, or a table of all of them, float64 `(T,)` each."""
-
-    sqrt_alpha_bar_t: Tensor
-    sqrt_one_minus_alpha_bar_t: Tensor
-    # a step of training, from t - 1
-    sqrt_alpha_t: Tensor
-    sqrt_beta_t: Tensor
-    # the step to prev
-    sqrt_alpha_bar_prev: Tensor
-    sqrt_one_minus_alpha_bar_prev: Tensor
-    x0_to_mean: Tensor
-    xt_to_mean: Tensor
-    small_std: Tensor
-    large_std: Tensor
-    log_variance_range: Tensor
-    kept_share: Tensor  # 1 - sigma^2 / (1 - alpha_bar_prev), with DDIM's sigma for eta = 1
+# the coefficients of one timestep, or a table of all of them: float64, `(T,)` each
+Row = namedtuple(
+    "Row",
+    "sqrt_alpha_bar_t sqrt_one_minus_alpha_bar_t sqrt_alpha_t sqrt_beta_t sqrt_alpha_bar_prev "
+    "sqrt_one_minus_alpha_bar_prev x0_to_mean xt_to_mean small_std large_std log_variance_range kept_share",
+)
 
 
 def tabulate(alpha_bar_t: Tensor, alpha_bar_prev: Tensor, training_beta_t: Tensor, last: Tensor) -> Row:
@@ -266,7 +247,7 @@ def tabulate(alpha_bar_t: Tensor, alpha_bar_prev: Tensor, training_beta_t: Tenso
     return Row(
         sqrt_alpha_bar_t=alpha_bar_t.sqrt(),
         sqrt_one_minus_alpha_bar_t=(1 - alpha_bar_t).sqrt(),
-        sqrt_alpha_t=(1 - training_beta_t).sqrt(),
+        sqrt_alpha_t=(1 - training_beta_t).sqrt(),  # of a step of training, from t - 1
         sqrt_beta_t=training_beta_t.sqrt(),
         sqrt_alpha_bar_prev=alpha_bar_prev.sqrt(),
         sqrt_one_minus_alpha_bar_prev=(1 - alpha_bar_prev).sqrt(),
@@ -275,6 +256,7 @@ def tabulate(alpha_bar_t: Tensor, alpha_bar_prev: Tensor, training_beta_t: Tenso
         small_std=posterior_variance.sqrt().masked_fill(last, 0),
         large_std=beta_t.sqrt().masked_fill(last, 0),
         log_variance_range=(beta_t / posterior_variance.where(~last, beta_t)).log(),
+        # 1 - sigma^2 / (1 - alpha_bar_prev), with DDIM's sigma for eta = 1
         kept_share=(alpha_t * (1 - alpha_bar_prev) / (1 - alpha_bar_t)).masked_fill(last, 1),
     )
 
@@ -336,7 +318,7 @@ class MNISTDDPMScheduler(MNISTSchedulerBase):
             noise_scale: usually 1. With 0 samples collapse towards the mean of the data: use `MNISTDDIMScheduler`.
             variance_noise: z itself, shape `(B, C, H, W)`, instead of a generator.
         """
-        c, x_t, variance_type = self._coefficients(timestep, sample), sample, self._option("variance_type")
+        c, x_t, variance_type = self._coefficients(timestep, sample), sample, self.config["variance_type"]
         if variance_type == "learned_range":
             check_images("model_output", model_output, (len(sample), 2 * sample.shape[1], *sample.shape[2:]))
             model_output, v = model_output.chunk(2, dim=1)
@@ -407,7 +389,7 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
 
     def _predict_eps(self, output: Tensor, x_t: Tensor, c: "Row") -> Tensor:
         """eps_hat from what the model predicts."""
-        match self._option("prediction_type"):
+        match self.config["prediction_type"]:
             case "sample":
                 return (x_t - c.sqrt_alpha_bar_t * output) / c.sqrt_one_minus_alpha_bar_t
             case "v_prediction":
@@ -478,21 +460,25 @@ class LiveConfig(FrozenDict):
     """A config whose attributes are its items: a write to either takes effect from the next call on."""
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Write both, unless the betas were made from the value that is there."""
+        """Write both, if there is such a key and such a choice, and the betas were not made from another value."""
         if name == "simple_var":
             name, value = "variance_type", "fixed_large" if value else "fixed_small"
-        of_betas = "beta" in name or name in ("num_train_timesteps", "set_alpha_to_one")
-        current = self.get(name, value)
-        if of_betas and current is not value and not np.array_equal(current, value):
-            raise ValueError(f"{name} must stay {current!r:.80}, got {value!r:.80}. Make another scheduler.")
+        is_change = name not in self or not np.array_equal(self[name], value)
+        if is_change and name[0] != "_" and "_FrozenDict__frozen" in self.__dict__:  # all items of diffusers are there
+            made = ("num_train_timesteps", "set_alpha_to_one", *(key for key in self if "beta" in key))
+            free = [key for key in self if key not in made and key[0] != "_"]
+            check_choice("key of a config", name, free, "Make another scheduler for other betas.")
+            check_choice(name, value, CHOICES.get(name, [value]))
         super().__setitem__(name, value)
         self.__dict__[name] = value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Write both; what diffusers keeps beside the items begins with an underscore."""
-        if name not in (*self, "simple_var") and not name.startswith("_"):
-            raise AttributeError(f"config must have a key {name}, got {', '.join(self)}.")
-        (super().__setattr__ if name.startswith("_") else self.__setitem__)(name, value)
+        (super().__setattr__ if name[0] == "_" else self.__setitem__)(name, value)
+
+    def __reduce__(self) -> Any:
+        """Copy and pickle as a whole: a single item can't be added."""
+        return LiveConfig, (dict(self),)
 
 
 def canonical(config: dict[str, Any]) -> dict[str, Any]:
@@ -502,11 +488,13 @@ def canonical(config: dict[str, Any]) -> dict[str, Any]:
         config["_use_default_values"] = []
     if config.get("beta_schedule") == "cosine":
         config["beta_schedule"] = "squaredcos_cap_v2"
-    variance_type = {None: None, True: "fixed_large", False: "fixed_small"}[config.pop("simple_var", None)]
-    if variance_type and config.get("variance_type") not in (None, variance_type):
-        raise ValueError(f"simple_var must fit variance_type, got {config['variance_type']!r}. Pass one of the two.")
-    if variance_type or config.get("variance_type", "") is None:
-        config["variance_type"] = variance_type or "fixed_small"
+    simple_var = config.pop("simple_var", None)
+    if simple_var is not None:
+        kind, remedy = "fixed_large" if simple_var else "fixed_small", "Or leave out simple_var."
+        check_choice("variance_type", config.get("variance_type"), [None, kind], remedy)
+        config["variance_type"] = kind
+    elif config.get("variance_type", "") is None:
+        config["variance_type"] = "fixed_small"
     if config.get("trained_betas") is not None:
         config["trained_betas"] = [float(beta) for beta in config["trained_betas"]]
         config["num_train_timesteps"] = len(config["trained_betas"])
@@ -525,7 +513,7 @@ def with_defaults(cls: type[MNISTSchedulerBase], config: dict[str, Any]) -> dict
 
 
 def betas_of(config: dict[str, Any]) -> Tensor:
-    """The betas `(T,)` that a config asks for; refused are those that are no variances or leave no signal."""
+    """The betas `(T,)` that a config asks for; rejected are those that are no variances or leave no signal."""
     if config["trained_betas"] is not None:
         betas = torch.tensor(config["trained_betas"], dtype=torch.float64, device="cpu")
     else:
@@ -540,21 +528,27 @@ def betas_of(config: dict[str, Any]) -> Tensor:
 # Checks --------------------------------------------------------------------------------------------------------------
 
 
+def check_choice(name: str, value: Any, choices: Sequence[Any], remedy: str = "") -> None:
+    """Reject what is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}. {remedy}".strip())
+
+
 def check_signal(alpha_bar: Tensor) -> None:
-    """Refuse timesteps without signal, from which predicted noise does not lead to x_0."""
+    """Reject timesteps without signal, from which predicted noise does not lead to x_0."""
     if alpha_bar.is_cpu and not torch.compiler.is_compiling() and not alpha_bar.all():
         raise ValueError("prediction_type must not be 'epsilon' where alphas_cumprod is 0. Take 'v_prediction'.")
 
 
 def check_timesteps(timesteps: Tensor, T: int) -> None:
-    """Refuse a list of timesteps that is out of range or out of order; one on a device is not looked at."""
+    """Reject a list of timesteps that is out of range or out of order; one on a device is not looked at."""
     is_list = timesteps.ndim == 1 and len(timesteps) > 0 and not timesteps.is_floating_point()
     if timesteps.is_cpu and not (is_list and timesteps[0] < T and timesteps[-1] >= 0 and (timesteps.diff() < 0).all()):
-        got = f"got {timesteps.tolist()!s:.80}. num_inference_steps or steps_offset may be too large."
+        got = f"got {timesteps.tolist()!s:.80}. Sort the list, or lower num_inference_steps or steps_offset."
         raise ValueError(f"timesteps must be integers in descending order, from {T - 1} at most to 0, {got}")
 
 
 def check_images(name: str, x: Tensor, shape: Sequence[int]) -> None:
-    """Refuse images of integers, and a shape that would broadcast."""
+    """Reject images of integers, and a shape that would broadcast."""
     if not x.is_floating_point() or x.shape != torch.Size(shape):
         raise ValueError(f"{name} must be floating point of shape {tuple(shape)}, got {x.dtype} of {tuple(x.shape)}.")

@@ -49,7 +49,7 @@ def sinusoidal_embedding(timestep: torch.Tensor, dim: int, max_period: float = 1
     """
     exponent = torch.arange(dim // 2, dtype=torch.float32, device=timestep.device) / (dim // 2)
     angle = timestep.float()[:, None] * torch.exp(-math.log(max_period) * exponent)[None]
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+    return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, dim % 2))
 
 
 class TimeEmbedding(nn.Module):
@@ -88,22 +88,27 @@ class FourierFeatures(nn.Module):
 
 
 class PixelGain(nn.Module):
-    """`exp(s(t)) g (x + 1)`, with a gain g for each pixel from the last features: what x adds to the prediction.
+    """`exp(s) g sigmoid(a - exp(k) (x - l)^2) (x - l)`, for the two levels l at which pixels pile up: black and white.
 
-    At low noise the best v is `(x + 1) / sqrt(1 - alpha_bar_t)` where the image is black (-1), a gain of up to 150,
-    and near 0 where it is gray. One gain for all pixels can't be both, and then black does not stay exactly black.
+    Bayes' rule at low noise: a pixel x is exactly black with probability `sigmoid(a - (x + 1)^2 / (2 std^2))`, where
+    its neighbors give the prior log odds a. If it is, the best v is `(x + 1) / std`, a gain of up to 150; if it is
+    gray, near 0. So g and a are for each pixel, s and k for each timestep, and l is a parameter.
     """
 
     def __init__(self, channels: int, out_channels: int, patch_size: int, time_embed_dim: int):
         super().__init__()
         self.out_channels, self.patch_size = out_channels, patch_size
-        self.conv = zero_init(nn.Conv2d(channels, out_channels * patch_size**2, 3, padding=1))
-        self.log_scale = zero_init(nn.Linear(time_embed_dim, 1))
+        self.conv = zero_init(nn.Conv2d(channels, 4 * out_channels * patch_size**2, 3, padding=1))
+        self.log_scale = zero_init(nn.Linear(time_embed_dim, 4))
+        self.levels = nn.Parameter(torch.tensor([-1.0, 1.0]))
 
     def forward(self, h: torch.Tensor, emb: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """Map the last features, the time embedding and samples `(B, C, H, W)` to what they add, `(B, C, H, W)`."""
-        gain = F.pixel_shuffle(self.conv(h), self.patch_size)
-        return self.log_scale(emb).exp()[:, :, None, None] * gain * (sample + 1)
+        maps = F.pixel_shuffle(self.conv(h), self.patch_size)
+        g, a = maps.reshape(len(sample), 2, 2, *sample.shape[1:]).unbind(1)  # (B, levels, C, H, W)
+        s, k = self.log_scale(emb).unflatten(1, (2, 2))[..., None, None, None].unbind(1)  # (B, levels, 1, 1, 1)
+        u = sample[:, None] - self.levels.view(2, 1, 1, 1)
+        return (s.exp() * g * torch.sigmoid(a - k.exp() * u.square()) * u).sum(dim=1)
 
 
 class ResidualBlock(nn.Module):
@@ -132,8 +137,7 @@ class SelfAttentionProcessor:
     _attention_backend = None
 
     def __call__(self, attn: "SelfAttention", x: torch.Tensor) -> torch.Tensor:
-        """Map tokens `(B, H*W, C)` to what each gathers from all, the same shape."""
-        # (B, H*W, C) to (B, H*W, heads, C / heads), the layout of diffusers' dispatcher
+        """Map tokens `(B, H*W, C)` to what each gathers from all; the heads are `(B, H*W, heads, C / heads)`."""
         q, k, v = (layer(x).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v))
         return dispatch_attention_fn(q, k, v, backend=self._attention_backend).flatten(2)
 
@@ -182,7 +186,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         in_channels: channels of the sample.
         out_channels: channels of the prediction; twice `in_channels` for schedulers with a learned variance.
         patch_size: side in pixels of the squares that become one position each.
-        block_out_channels: channels of each level, the first of them even. Each level halves the resolution.
+        block_out_channels: channels of each level. Each level halves the resolution.
         down_block_types: for each level `"DownBlock2D"` (the default), or `"AttnDownBlock2D"` for one with attention.
         layers_per_block: residual blocks of a level on the way down, and again on the way up.
         attention_head_dim: channels of an attention head. By default there is one head.
@@ -191,7 +195,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         norm_eps: epsilon of the group norms.
         fourier_frequencies: integers n; `sin(2^n pi x)` and `cos(2^n pi x)` join the channels of the sample. Empty by
             default; (3, 4, 5, 6, 7) for likelihood.
-        pixel_gain: whether each pixel is added to the prediction with a gain of its own. Models of 0.1.0 have none.
+        pixel_gain: whether each pixel joins the prediction with a gain of its own. Models of 0.1.0 have none.
         num_class_embeds: classes of the images; None for an unconditional model. Their embeddings are 0 at first.
 
     Raises:
@@ -206,7 +210,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Stage"]  # noqa: RUF012 - diffusers wants these as lists
     _repeated_blocks = ["ResidualBlock", "SelfAttention"]  # noqa: RUF012
-    _skip_layerwise_casting_patterns = ["norm", "time_embedding", "class_embedding"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = ["norm", "time_embedding", "class_embedding", "gain_map"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -368,8 +372,6 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 def _check_config(config: Any) -> None:
     """Refuse sizes that do not divide, of which torch says nothing or in riddles."""
     channels, kinds, head_dim = config.block_out_channels, config.down_block_types, config.attention_head_dim
-    if channels[0] % 2:
-        raise ValueError(f"block_out_channels must begin with an even number, got {channels}.")
     if len(kinds) != len(channels) or not set(kinds) <= set(DOWN_BLOCK_TYPES):
         raise ValueError(f"down_block_types must be {len(channels)} of {DOWN_BLOCK_TYPES}, got {kinds}.")
     attended = [c for c, kind in zip(channels, kinds, strict=True) if kind == "AttnDownBlock2D"] + [channels[-1]]
@@ -382,11 +384,9 @@ def _check_config(config: Any) -> None:
 
 def _check_sample(sample: torch.Tensor, class_labels: torch.Tensor | int | None, config: Any) -> None:
     """Refuse samples of other channels, sizes that the levels can't halve, and labels that are not of the model."""
-    multiple = _size_multiple(config)
-    if sample.ndim != 4 or sample.shape[1] != config.in_channels or any(n % multiple for n in sample.shape[2:]):
-        raise ValueError(
-            f"sample must be (B, {config.in_channels}, {multiple} n, {multiple} m), got {tuple(sample.shape)}."
-        )
+    k = _size_multiple(config)
+    if sample.ndim != 4 or sample.shape[1] != config.in_channels or any(size % k for size in sample.shape[2:]):
+        raise ValueError(f"sample must be (B, {config.in_channels}, {k} n, {k} m), got {tuple(sample.shape)}.")
     if class_labels is not None:
         labels, last = torch.as_tensor(class_labels), config.num_class_embeds
         on_host = labels.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a look would wait

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import cache
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -118,7 +117,9 @@ class TrainingArguments:
     )
     logit_mean: float = _arg(0.0, "Mean of the logit of t / T.")
     logit_std: float = _arg(1.0, "Standard deviation of the logit of t / T.", POSITIVE)
-    uniform_share: float = _arg(0.2, "Share of uniform timesteps among logit-normal ones.", FRACTION)
+    uniform_share: float = _arg(
+        0.3, "Share of timesteps that are uniform instead, half in t, half in log t.", FRACTION
+    )
     snr_gamma: float | None = _arg(None, "Min-SNR loss weights (arXiv 2303.09556) with this gamma.", POSITIVE)
     adam_beta1: float = _arg(0.9, "Of AdamW.", FRACTION)
     adam_beta2: float = _arg(0.99, "Of AdamW.", FRACTION)
@@ -172,7 +173,7 @@ class TrainingArguments:
 
     def __post_init__(self) -> None:
         """Check each argument by itself, and those that depend on each other."""
-        for name, meaning in arguments().items():
+        for name, meaning in arguments(type(self)).items():
             value = getattr(self, name)
             if value is None:
                 continue
@@ -222,12 +223,11 @@ class Argument(NamedTuple):
     flags: tuple[str, ...]
 
 
-@cache
-def arguments() -> dict[str, Argument]:
+def arguments(cls: type[TrainingArguments] = TrainingArguments) -> dict[str, Argument]:
     """All arguments by name, but for the command."""
-    hints = get_type_hints(TrainingArguments)
+    hints = get_type_hints(cls)
     described = {}
-    for f in fields(TrainingArguments):
+    for f in fields(cls):
         if f.metadata:
             options = get_args(hints[f.name])
             kind = options[options[0] is NoneType] if NoneType in options else hints[f.name]

@@ -4,6 +4,7 @@ All of it is a function of the seed and of global counters, so that it is the sa
 accumulated micro-batches or of restarts, and there is no state of a random number generator to save.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -168,11 +169,13 @@ def logit_normal_probabilities(
     """p(t) where the logit of t / T is normal (Stable Diffusion 3, arXiv 2403.03206, section 3.1), float64 `(T,)`.
 
     Most of the training goes to the middle, where the error is hardest to reduce. Timesteps near 0 and T are hardly
-    ever drawn: `uniform_share` of the draws are uniform instead.
+    ever drawn: `uniform_share` of the draws are uniform instead, half of them in t and half in log(t + 1).
     """
     borders = torch.linspace(0, 1, num_train_timesteps + 1, dtype=torch.float64, device="cpu")
     logit_normal: torch.Tensor = torch.special.ndtr((torch.logit(borders) - mean) / std).diff()
-    return (1 - uniform_share) * logit_normal + uniform_share * uniform_probabilities(num_train_timesteps)
+    log_uniform = torch.log1p(borders * num_train_timesteps).diff() / math.log1p(num_train_timesteps)
+    both = (uniform_probabilities(num_train_timesteps) + log_uniform) / 2
+    return (1 - uniform_share) * logit_normal + uniform_share * both
 
 
 def stratified_timesteps(count: int, cdf: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -49,6 +49,7 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=choose_mixed_precision(args.mixed_precision, state.device),
         log_with=None if args.logger == "none" else args.logger,
+        dynamo_backend="no" if args.compile is False else None,  # None: as the launcher says
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
     )
 

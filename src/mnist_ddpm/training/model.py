@@ -25,7 +25,7 @@ def load_unet_config(args: TrainingArguments) -> dict[str, Any]:
     source = getattr(args, argument)
     if source is None:
         return {"_class_name": "MNISTUNet2DModel"}
-    config: dict[str, Any] = _of_unet_or_pipeline(argument, source, MNISTUNet2DModel.load_config)
+    config: dict[str, Any] = _of_unet_or_pipeline(source, MNISTUNet2DModel.load_config)
     name = config.get("_class_name")
     require(name in UNETS, f"{argument} must be the config of one of {', '.join(UNETS)}", name)
     return config
@@ -86,9 +86,9 @@ def make_unet(
 
 def _load_weights(unet: torch.nn.Module, source: str) -> None:
     """Load saved weights; those of a class embedding may be missing, as they are where labels come in later."""
-    config = _of_unet_or_pipeline("init_from", source, MNISTUNet2DModel.load_config)
+    config = _of_unet_or_pipeline(source, MNISTUNet2DModel.load_config)
     unet_class = UNETS.get(config.get("_class_name"), MNISTUNet2DModel)
-    saved = _of_unet_or_pipeline("init_from", source, unet_class.from_pretrained).state_dict()
+    saved = _of_unet_or_pipeline(source, unet_class.from_pretrained).state_dict()
     own = {name: weight.shape for name, weight in unet.state_dict().items()}
     expected = {name: shape for name, shape in own.items() if name in saved or not name.startswith("class_embedding.")}
     found = {name: weight.shape for name, weight in saved.items()}
@@ -116,14 +116,9 @@ def _warn_of_another_process(args: TrainingArguments) -> None:
             logger.warning(f"{args.init_from} was trained with {name} {saved[name]!r}, this run has {value!r}")
 
 
-def _of_unet_or_pipeline(argument: str, source: str, load: Callable[..., Any]) -> Any:
+def _of_unet_or_pipeline(source: str, load: Callable[..., Any]) -> Any:
     """What is loaded from a saved pipeline's U-Net, or from a U-Net that was saved by itself."""
     try:
         return load(source, subfolder="unet")
     except OSError:
-        try:
-            return load(source)
-        except OSError as error:
-            raise OSError(
-                f"{argument} must be a folder or Hub id of a pipeline or U-Net, got {source!r}. {error}"
-            ) from error
+        return load(source)

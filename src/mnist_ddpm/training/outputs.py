@@ -14,6 +14,7 @@ from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline
 from mnist_ddpm.data import MNIST
 from mnist_ddpm.hub import check_repository, publish, publish_checkpoint, write_card
 from mnist_ddpm.images import image_grid
+from mnist_ddpm.sampling import is_few_step
 from mnist_ddpm.training.arguments import TrainingArguments, arguments
 from mnist_ddpm.training.checkpoints import (
     LOG,
@@ -94,10 +95,12 @@ class Outputs:
     def _sample_grid(self, pipeline: MNISTDDPMPipeline, interrupted: Callable[[], bool]) -> Image.Image | None:
         """Images from the same noise each time, by DDIM, which needs fewer steps than DDPM; None if interrupted.
 
-        Where there are classes, each has a column.
+        A few-step pipeline keeps its own scheduler. Where there are classes, each has a column.
         """
-        # DDIM takes no learned variance, and without noise needs none
-        scheduler = MNISTDDIMScheduler.from_config(pipeline.scheduler.config, variance_type="fixed_small")
+        scheduler = pipeline.scheduler
+        if not is_few_step(scheduler):
+            # DDIM takes no learned variance, and without noise needs none
+            scheduler = MNISTDDIMScheduler.from_config(scheduler.config, variance_type="fixed_small")
         pipeline = MNISTDDPMPipeline(unet=pipeline.unet, scheduler=scheduler)
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(self.args.seed)
@@ -177,7 +180,6 @@ class Outputs:
             dataset=self._dataset_id(),
             command=self.args.command,
             parameters=self._shown(),
-            classes=[*pipeline.config.get("id2label", {}).values()],
         )
         logger.info(f"The pipeline is in {self.folder}, its latest samples in {self.folder / SAMPLES}")
         if not stopped and self.args.push_to_hub:
@@ -193,5 +195,5 @@ class Outputs:
 
     def _shown(self) -> dict[str, Any]:
         """The arguments to keep beside the results; the token isn't one of them."""
-        values = {name: getattr(self.args, name) for name in arguments() if name != "hub_token"}
+        values = {name: getattr(self.args, name) for name in arguments(type(self.args)) if name != "hub_token"}
         return {name: value for name, value in values.items() if value is not None}

@@ -5,8 +5,9 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import set_seed
@@ -36,8 +37,12 @@ REPORT_STEPS = 10  # steps from one look at the losses to the next; a look waits
 logger = logging.getLogger(__name__)
 
 
+# the loss of a U-Net on a micro-batch, a float32 scalar; further networks get their gradients from it too
+Objective = Callable[[Any, Any], torch.Tensor]
+
+
 class Trainer:
-    """A training run.
+    """A training run. Another objective is a subclass with its own `make_...` methods.
 
     Args:
         args: what to train on, how, and where to save it.
@@ -48,6 +53,8 @@ class Trainer:
     Example:
         `Trainer(TrainingArguments(output_dir="digits", num_epochs=1)).train()`
     """
+
+    fixed: tuple[str, ...] = FIXED  # arguments that a resumed run must share with the run that wrote its checkpoint
 
     # Set-up ----------------------------------------------------------------------------------------------------------
 
@@ -70,43 +77,23 @@ class Trainer:
         self.num_images = len(images)
         self.batch_size: int = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
         self.total_steps = args.max_train_steps or math.ceil(args.num_epochs * self.num_images / self.batch_size)
-        p = timestep_probabilities(args)
-        self.batches = TrainingBatches(
-            images,
-            self.batch_size,
-            p,
-            args.seed,
-            accelerator.device,
-            args.random_flip,
-            labels,
-            len(id2label),
-            args.label_dropout,
-        )
-
-        betas = log_snr_betas(args.ddpm_num_steps, *args.ddpm_log_snr).tolist() if args.ddpm_log_snr else None
-        self.scheduler = MNISTDDPMScheduler(
-            num_train_timesteps=args.ddpm_num_steps,
-            beta_schedule=args.ddpm_beta_schedule,
-            trained_betas=betas,
-            prediction_type=args.prediction_type,
-            variance_type=args.variance_type,
-            # v needs no clipping, which lifts black pixels (docs/theory.md); the bound is that of a clipped x0_hat
-            clip_sample=args.prediction_type != "v_prediction" or args.loss_type != "simple",
-        )
-        self.loss = DiffusionLoss(self.scheduler, args.snr_gamma, accelerator.device, args.loss_type, p)
+        self.images, self.labels, self.num_classes = images, labels, len(id2label)
+        self.scheduler = self.make_scheduler()
         unet = make_unet(unet_config, images, args, len(id2label) or None)
         unet = unet.to(accelerator.device, memory_format=torch.channels_last)
+        optimizer = make_optimizer(unet, args)
+        self.further_networks: list[nn.Module] = []  # what is trained besides the U-Net
+        self.loss = self.make_objective(unet, optimizer)
         # what gets saved and sampled from, without dropout
         published_unet = copy.deepcopy(unet).eval()
-        self.pipeline = MNISTDDPMPipeline(unet=published_unet, scheduler=self.scheduler, id2label=id2label)
+        self.pipeline = MNISTDDPMPipeline(unet=published_unet, scheduler=self.make_sampler(), id2label=id2label)
         self.ema = self._make_ema(unet) if args.use_ema else None
-        optimizer = make_optimizer(unet, args)
         self.learning_rates = [group["lr"] for group in optimizer.param_groups]
-        self.unet, self.optimizer = accelerator.prepare(unet, optimizer)
+        self.unet, self.optimizer, *_ = accelerator.prepare(unet, optimizer, *self.further_networks)
         accelerator.register_for_checkpointing(*filter(None, [self.ema]))
 
         unet_settings = {key: value for key, value in unet.config.items() if not key.startswith("_")}
-        settings = {name: getattr(args, name) for name in FIXED} | {
+        settings = {name: getattr(args, name) for name in self.fixed} | {
             "images": images.shape,
             "images per step": self.batch_size,
             "U-Net": unet_settings,
@@ -133,6 +120,44 @@ class Trainer:
         logger.info(
             f"Device {accelerator.device}, {accelerator.num_processes} process(es), {threads}, mixed precision "
             f"{accelerator.mixed_precision}, torch.compile {compilation}"
+        )
+
+    def make_scheduler(self) -> Any:
+        """The scheduler that adds the noise."""
+        args = self.args
+        betas = log_snr_betas(args.ddpm_num_steps, *args.ddpm_log_snr).tolist() if args.ddpm_log_snr else None
+        return MNISTDDPMScheduler(
+            num_train_timesteps=args.ddpm_num_steps,
+            beta_schedule=args.ddpm_beta_schedule,
+            trained_betas=betas,
+            prediction_type=args.prediction_type,
+            variance_type=args.variance_type,
+            # v needs no clipping, which lifts black pixels (docs/theory.md); the bound is that of a clipped x0_hat
+            clip_sample=args.prediction_type != "v_prediction" or args.loss_type != "simple",
+        )
+
+    def make_sampler(self) -> Any:
+        """The scheduler that the pipeline is saved with."""
+        return self.scheduler
+
+    def make_objective(self, unet: nn.Module, optimizer: torch.optim.Optimizer) -> Objective:
+        """What is minimized; makes its batches too, and gives `further_networks` to the optimizer if there are any."""
+        p = timestep_probabilities(self.args)
+        self.batches = self.make_batches(p)
+        return DiffusionLoss(self.scheduler, self.args.snr_gamma, self.accelerator.device, self.args.loss_type, p)
+
+    def make_batches(self, p: torch.Tensor, stream: int = 0) -> TrainingBatches:
+        """Batches with timesteps of probabilities p, `(T,)`; those of other streams are independent of each other."""
+        return TrainingBatches(
+            self.images,
+            self.batch_size,
+            p,
+            self.args.seed + (stream << 32),
+            self.accelerator.device,
+            self.args.random_flip,
+            self.labels,
+            self.num_classes,
+            self.args.label_dropout,
         )
 
     def _make_ema(self, unet: nn.Module) -> EMAModel:
@@ -172,7 +197,7 @@ class Trainer:
 
     def _try_out(self, unet: nn.Module) -> None:
         """Run `unet` forward and backward on a batch, and leave no trace."""
-        batch = self._micro_batches(step=0)[0]
+        batch = self.micro_batches(step=0)[0]
         self.accelerator.backward(self.loss(unet, batch))
         self.optimizer.zero_grad()
 
@@ -227,7 +252,7 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * factor
         losses = []
-        for batch in self._micro_batches(step):
+        for batch in self.micro_batches(step):
             with self.accelerator.accumulate(self.unet):
                 loss = self.loss(self.compiled_unet, batch)
                 self.accelerator.backward(loss)
@@ -241,9 +266,13 @@ class Trainer:
         if self.ema:
             self.ema.step(self.unet.parameters())
 
-    def _micro_batches(self, step: int) -> list[Batch]:
-        """This process's share of a step."""
-        return self.batches.micro_batches(
+    def micro_batches(self, step: int) -> Sequence[Any]:
+        """This process's share of a step, as the objective takes it."""
+        return self._share(self.batches, step)
+
+    def _share(self, batches: TrainingBatches, step: int) -> list[Batch]:
+        """This process's share of a step of these batches."""
+        return batches.micro_batches(
             step,
             self.args.gradient_accumulation_steps,
             self.accelerator.process_index,

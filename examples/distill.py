@@ -1,0 +1,67 @@
+"""Distill a saved pipeline into a student that makes images in 1 to 4 steps, or another number.
+
+`python examples/distill.py --init_from src/mnist_ddpm/pretrained --output_dir few-steps`
+
+Each flag is an argument of `mnist_ddpm.training.distillation.DistillationArguments`; the run is a training run, with
+its checkpoints, EMA and pictures: `--resume_from_checkpoint latest` resumes it.
+"""
+
+import argparse
+import sys
+import traceback
+
+INSTALL = "In a checkout: pip install -e '.[train]'"
+try:
+    from mnist_ddpm.training.arguments import arguments
+    from mnist_ddpm.training.distillation import DistillationArguments, Distiller
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}. {INSTALL}")
+
+# arguments of training that say what the saved pipeline says already, or that its loss has and these losses don't
+WITHOUT_FLAG = {
+    "model_config_name_or_path", "prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule",
+    "ddpm_log_snr", "loss_type", "timestep_sampling", "logit_mean", "logit_std", "uniform_share", "snr_gamma",
+    "optimizer", "muon_learning_rate", "muon_momentum",
+}  # fmt: skip
+
+
+def parse_args(argv: list[str] | None = None) -> DistillationArguments:
+    """Read the flags."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # the command is kept beside the results, but for --hub_token
+    )
+    for name, argument in arguments(DistillationArguments).items():
+        if name in WITHOUT_FLAG:
+            continue
+        options = {"default": argument.default, "help": argument.help}
+        if argument.kind is bool:
+            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **options)
+        else:
+            parser.add_argument(f"--{name}", type=argument.kind, choices=argument.choices or None, **options)
+    values = vars(parser.parse_args(argv))
+    try:
+        return DistillationArguments(**values, command=["python", "examples/distill.py", *argv])
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main(args: DistillationArguments) -> None:
+    """Distill."""
+    Distiller(args).train()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted. Resume from the last checkpoint with --resume_from_checkpoint latest.")
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}. {INSTALL}")
+    except Exception as error:
+        *_, innermost = traceback.walk_tb(error.__traceback__)
+        if not innermost[0].f_globals.get("__name__", "").startswith("mnist_ddpm."):
+            raise  # not one of the errors that the package raises itself
+        sys.exit(f"error: {error}")

@@ -1,0 +1,232 @@
+"""From a diffusion model to one that samples in a few steps: consistency distillation, or adversarial fine-tuning.
+
+Either way the student is a consistency function (arXiv 2303.01469, equation 5; for discrete timesteps as in latent
+consistency models, arXiv 2310.04378), which maps a noisy image to an image in one step:
+
+    f(x_t, t) = c_skip(t) x_t + c_out(t) x0_hat(x_t, t)
+
+with x0_hat from what the U-Net predicts. diffusers' `LCMScheduler` computes the same f, so it runs the student as it
+is: from noise to f, and in more steps `x_s = sqrt(alpha_bar_s) f(x_t, t) + sqrt(1 - alpha_bar_s) eps`, then f again.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from diffusers import LCMScheduler
+from torch import nn
+
+from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMScheduler
+from mnist_ddpm.training.adversarial import AdversarialLoss, Discriminator
+from mnist_ddpm.training.arguments import COUNT, FIXED, FRACTION, POSITIVE, TrainingArguments, _arg, require
+from mnist_ddpm.training.batches import Batch
+from mnist_ddpm.training.trainer import Objective, Trainer
+
+SIGMA_DATA = 0.5  # of c_skip and c_out, as in LCMScheduler
+HUBER_SCALE = 0.00054  # times the root of the number of pixels: c of the pseudo-Huber loss (iCT, arXiv 2310.14189)
+
+
+class ConsistencyFunction:
+    """f(x_t, t) of a U-Net, with the coefficients of `LCMScheduler`; f(x, 0) = x.
+
+    Args:
+        scheduler: the noise schedule, and what the U-Net predicts.
+        sampler: whose `timestep_scaling` is taken.
+    """
+
+    def __init__(self, scheduler: MNISTDDPMScheduler, sampler: LCMScheduler):
+        self.scheduler = scheduler
+        self.scaling: float = sampler.config.timestep_scaling
+
+    def __call__(
+        self, unet: Any, x_t: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Images `(B, C, H, W)` from noisy ones at timesteps `(B,)`."""
+        output = unet(x_t, timesteps, class_labels, return_dict=False)[0].float()
+        x0_hat = self.scheduler._predict_x0(output, x_t, self.scheduler._coefficients(timesteps, x_t))
+        t = (self.scaling * timesteps.float())[:, None, None, None]
+        c_skip = SIGMA_DATA**2 / (t**2 + SIGMA_DATA**2)
+        c_out = t / (t**2 + SIGMA_DATA**2).sqrt()
+        images: torch.Tensor = c_skip * x_t + c_out * x0_hat
+        return images
+
+
+class ConsistencyLoss:
+    """Consistency distillation: f is to be the same at x_t and where a DDIM step of the teacher leads from there.
+
+    `d(f(x_t, t), f(x_prev, prev))`, without a gradient through the second f, which is 0 if f follows the teacher's
+    path to its end (arXiv 2303.01469, Algorithm 2). The d is the pseudo-Huber distance `sqrt(|a - b|^2 + c^2) - c`.
+
+    Args:
+        function: f.
+        teacher: the U-Net to distill.
+        timesteps: those that t is from, in ascending order; prev is the one before, and 0 before the first.
+        autocast: the context that the teacher runs in.
+    """
+
+    def __init__(
+        self,
+        function: ConsistencyFunction,
+        teacher: nn.Module,
+        timesteps: Sequence[int],
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ):
+        self.function, self.autocast = function, autocast
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.ddim = MNISTDDIMScheduler.from_config(function.scheduler.config, variance_type="fixed_small")
+        self.ddim.set_timesteps(timesteps=sorted({0, *timesteps}, reverse=True))
+
+    def __call__(self, unet: Any, batch: Batch) -> torch.Tensor:
+        """The mean over the batch, a float32 scalar."""
+        t, labels = batch.timesteps, batch.class_labels
+        x_t = self.ddim.add_noise(batch.clean_images, batch.noise, t)
+        with torch.no_grad():
+            with self.autocast():
+                output = self.teacher(x_t, t, labels, return_dict=False)[0].float()
+            x_prev = self.ddim.step(output, t, x_t).prev_sample
+            target = self.function(unet, x_prev, self.ddim.previous_timestep(t).clamp(min=0), labels)
+        squares = (self.function(unet, x_t, t, labels) - target).square().sum(dim=(1, 2, 3))
+        c = HUBER_SCALE * x_t[0].numel() ** 0.5
+        loss: torch.Tensor = ((squares + c**2).sqrt() - c).mean()
+        return loss
+
+
+class AdversarialBatch(NamedTuple):
+    """What an adversarial step takes: images to make f's input of, real images to compare with, and more noise."""
+
+    inputs: Batch
+    real: Batch
+    fake_noise: torch.Tensor
+    perturbation: torch.Tensor
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """The arguments of `Distiller`: those of training, with other defaults, and some more.
+
+    What the U-Net predicts, and the noise schedule, are those of the saved pipeline.
+    """
+
+    objective: Literal["adversarial", "consistency"] = _arg(
+        "adversarial",
+        "Learn from real images, against a discriminator; or follow the teacher's DDIM steps.",
+    )
+    num_levels: int = _arg(
+        4, "Timesteps at which the student is trained, equally spaced: the most steps that it can take.", COUNT
+    )
+    first_level_share: float = _arg(
+        0.7, "Share of the adversarial training at the last of them, T - 1: pure noise.", FRACTION
+    )
+    discriminator_learning_rate: float = _arg(2e-4, "Of the discriminator.", POSITIVE)
+    discriminator_noise: float = _arg(
+        0.5, "The discriminator sees images at timesteps t, uniform below this share of T.", FRACTION
+    )
+    penalty_weight: float = _arg(1.0, "Of the penalty on the discriminator's change under small noise.", POSITIVE)
+    penalty_std: float = _arg(0.1, "Standard deviation of that noise.", POSITIVE)
+
+    optimizer: Literal["muon", "adamw"] = _arg("adamw", "Of both networks.")
+    learning_rate: float = _arg(1e-4, "Of AdamW.", POSITIVE)
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = _arg("constant", "How the learning rates change after the warm-up.")
+    adam_beta1: float = _arg(0.0, "Of AdamW.", FRACTION)
+    max_grad_norm: float = _arg(float("inf"), "Gradient norm to clip at; inf for none.", POSITIVE)
+    ema_max_decay: float = _arg(0.999, "Upper limit of the EMA's decay.", FRACTION)
+    ddpm_num_inference_steps: int = _arg(1, "Steps to sample in.", COUNT)
+
+    def __post_init__(self) -> None:
+        """Check what training does not."""
+        super().__post_init__()
+        require(self.init_from is not None, "init_from must be the saved pipeline to distill", self.init_from)
+        require(
+            self.ddpm_num_inference_steps <= self.num_levels,
+            f"ddpm_num_inference_steps must be at most num_levels ({self.num_levels})",
+            self.ddpm_num_inference_steps,
+        )
+
+
+class Distiller(Trainer):
+    """A run that makes a student of a saved pipeline: a `Trainer` with another objective.
+
+    The saved pipeline has diffusers' `LCMScheduler`: call it with `num_inference_steps` from 1 to `num_levels`.
+
+    Args:
+        args: what to distill, on which images, how, and where to save the student.
+
+    Raises:
+        ValueError, OSError, MemoryError: as for `Trainer`.
+
+    Example:
+        `Distiller(DistillationArguments(init_from="digits", output_dir="fast-digits")).train()`
+    """
+
+    fixed = (
+        *FIXED, "objective", "num_levels", "first_level_share", "discriminator_learning_rate", "discriminator_noise",
+        "penalty_weight", "penalty_std",
+    )  # fmt: skip
+    args: DistillationArguments
+
+    def __init__(self, args: DistillationArguments):
+        config = MNISTDDPMScheduler.load_config(args.init_from, subfolder="scheduler")
+        same = {
+            "prediction_type": config["prediction_type"],
+            "ddpm_num_steps": config["num_train_timesteps"],
+            "ddpm_beta_schedule": config["beta_schedule"],
+        }
+        super().__init__(replace(args, **same))
+
+    def make_scheduler(self) -> Any:
+        """The teacher's."""
+        return MNISTDDPMScheduler.from_pretrained(self.args.init_from, subfolder="scheduler")
+
+    def make_sampler(self) -> Any:
+        """The scheduler whose timesteps are those that the student is trained at."""
+        return LCMScheduler.from_config(self.scheduler.config, original_inference_steps=self.args.num_levels)
+
+    def make_objective(self, unet: nn.Module, optimizer: torch.optim.Optimizer) -> Objective:
+        """The chosen loss; the discriminator joins the optimizer."""
+        args, T = self.args, len(self.scheduler)
+        require(self.accelerator.num_processes == 1, "num_processes must be 1", self.accelerator.num_processes)
+        require(T % args.num_levels == 0, f"num_levels must divide the {T} timesteps", args.num_levels)
+        timesteps = level_timesteps(T, args.num_levels)
+        function = ConsistencyFunction(self.scheduler, self.make_sampler())
+        if args.objective == "consistency":
+            self.batches = self.make_batches(level_probabilities(T, timesteps, 1 / args.num_levels))
+            return ConsistencyLoss(function, copy.deepcopy(unet), timesteps, self.accelerator.autocast)
+        self.batches = self.make_batches(level_probabilities(T, timesteps, args.first_level_share))
+        noised = max(1, round(args.discriminator_noise * T))
+        p = torch.zeros(T, dtype=torch.float64)
+        p[:noised] = 1 / noised
+        self.further_batches = [self.make_batches(p, stream) for stream in (1, 2, 3)]
+        discriminator: nn.Module = Discriminator(unet).to(self.accelerator.device)
+        optimizer.add_param_group({"params": list(discriminator.parameters()), "lr": args.discriminator_learning_rate})
+        self.further_networks = [discriminator]
+        return AdversarialLoss(function, discriminator, args.penalty_weight, args.penalty_std)
+
+    def micro_batches(self, step: int) -> Sequence[Any]:
+        """This process's share of a step; an adversarial one takes more than a batch."""
+        inputs = self._share(self.batches, step)
+        if self.args.objective == "consistency":
+            return inputs
+        further = zip(*(self._share(batches, step) for batches in self.further_batches), strict=True)
+        return [
+            AdversarialBatch(batch, real, fake.noise, perturbation.noise)
+            for batch, (real, fake, perturbation) in zip(inputs, further, strict=True)
+        ]
+
+
+def level_timesteps(T: int, num_levels: int) -> list[int]:
+    """The timesteps of `LCMScheduler` with this many `original_inference_steps`, in ascending order; T - 1 is last."""
+    k = T // num_levels
+    return [k * n - 1 for n in range(1, num_levels + 1)]
+
+
+def level_probabilities(T: int, timesteps: Sequence[int], last_share: float) -> torch.Tensor:
+    """p(t), float64 `(T,)`: `last_share` at the last of these timesteps, and the rest equally at the others."""
+    p = torch.zeros(T, dtype=torch.float64)
+    p[list(timesteps)] = (1 - last_share) / max(1, len(timesteps) - 1)
+    p[timesteps[-1]] = last_share
+    return p / p.sum()
