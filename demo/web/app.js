@@ -80,7 +80,7 @@ async function draw() {
     for await (const step of ddim(model, timesteps, noise, (x_t, t) => guided(network, x_t, t, labels, noLabel, guide))) {
       if (run !== latest) return;
       steps.push(step);
-      trajectory = { steps: steps, shape: model.shape };
+      trajectory = { steps, shape: model.shape };
       Object.assign($("step"), { max: timesteps.length, value: steps.length - 1, disabled: false });
       if (!calm.matches || step.t < 0) show();
     }
