@@ -100,8 +100,7 @@ FID, KID, precision and recall are measured on features of an MNIST classifier, 
 papers; where the name says Inception, on features of Inception v3."""
 REMEDIES = {  # by the status of the response; None where there is none
     None: "the Hub could not be reached or broke off: check the network and try again",
-    401: "the token is missing, wrong or expired: set HF_TOKEN or run `hf auth login`, with one that may write from "
-    "https://huggingface.co/settings/tokens",
+    401: "the token is missing, wrong or expired: set HF_TOKEN or run `hf auth login`, with one that may write",
     403: "the token may not write there: use a token with write access to that namespace, or another repository name",
     404: "no such repository or namespace: check the name, and that the token may see it",
     409: "the Hub reports a conflict with another change: try again, or use another repository name",
