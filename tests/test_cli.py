@@ -1,5 +1,7 @@
 """What the scripts share: a run that could not write its result says so before any work."""
 
+import re
+
 import pytest
 
 from mnist_ddpm.cli import check_writable
@@ -17,5 +19,5 @@ def test_a_file_that_can_be_written_is_left_as_it_is(tmp_path):
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file" / "result.json"):
-        with pytest.raises(OSError, match=rf"^output must be a file that can be written, got {path} "):
+        with pytest.raises(OSError, match=re.escape(str(tmp_path))):
             check_writable(path)

@@ -46,7 +46,7 @@ def pixels(path) -> np.ndarray:
 def test_writes_a_grid_and_nothing_else(tmp_path, model):
     run(model, "--output", tmp_path / "grid.png", "--num_images", 5)
     assert pixels(tmp_path / "grid.png").shape == (2 * 8, 3 * 8)
-    assert pixels(tmp_path / "grid.png")[:8].std() > 10
+    assert pixels(tmp_path / "grid.png")[:8].std() > 1
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
 
 
