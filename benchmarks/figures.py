@@ -50,7 +50,7 @@ def noise_picture(pipe: MNISTDDPMPipeline, num_inference_steps: int = 50) -> Ima
     config = pipe.scheduler.config
     images: list[Any] = []
     for scheduler_class, scheduler_options, call_options in ROWS.values():
-        pipe.scheduler = scheduler_class.from_config(config, **scheduler_options)
+        pipe.scheduler = scheduler_class.from_config(config, clip_sample=True, **scheduler_options)
         options = {"num_inference_steps": num_inference_steps, **call_options}
         for _, batch in sample(pipe, range(COLUMNS), seed=0, batch_size=COLUMNS, **options):
             images += batch

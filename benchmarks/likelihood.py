@@ -1,7 +1,7 @@
 """What each choice of a training for likelihood is worth, in bits per dimension: one of them changed at a time.
 
 Each row is a training of as many steps, few of them, then the variational bound on test images, estimated
-from the same images. Rows that the output file has already are kept: a comparison that was stopped goes on.
+from the same images. Rows that the output file has already are kept: a comparison that was stopped resumes.
 """
 
 import argparse

@@ -125,7 +125,7 @@ def noise_table(results: dict[str, Result]) -> str:
         for name, cells in result["noise_table"].items()
     ]
     return (
-        f"FID of {result['settings']['num_images']} samples of the package's weights, by the number of steps "
+        f"FID of {result['settings']['num_images']} samples of the weights of 0.1.0, by the number of steps "
         f"(real-data baseline: {result['floor']['fid']:.2f}):\n\n"
         f"{table(['', *(f'{n} steps' for n in steps)], rows)}\n\n{origins(results)}"
     )
@@ -343,7 +343,7 @@ def comparison(results: dict[str, Result]) -> str:
         ["samples per second, 50 steps", *(sampling.get(name, "-") for name in contenders)],
     ]
     return (
-        f"On {result['machine']}, {result['threads']} threads. FID of {result['num_images']} samples, real images: "
+        f"Measured with version 0.1.0, on {result['machine']}, {result['threads']} threads. FID of {result['num_images']} samples, real images: "
         f"{result['floor']['fid']:.1f}. More tables and all commands: [docs/results.md](docs/results.md).\n\n"
         f"{table(['', 'this package', 'U-Net of the Hugging Face diffusion course', 'the same, tuned'], rows)}"
     )

@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             cells = result["noise_table"][name]
             if str(steps) in cells:
                 continue
-            pipe.scheduler = scheduler_class.from_config(config, **scheduler_options)
+            pipe.scheduler = scheduler_class.from_config(config, clip_sample=True, **scheduler_options)
             cells[str(steps)] = scores = quality(pipe, bf16=True, num_inference_steps=steps, **call_options)
             print(f"{name:42} {steps:>5} steps  FID {scores['fid']:8.2f}  clear {scores['confident_share']:.1%}")
             write_json(result, args.output)

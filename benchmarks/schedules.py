@@ -2,7 +2,7 @@
 
 Each run is one of `examples/train.py`, kept in `--runs_dir`. Then each model is measured on test images, its loss
 and the terms of the variational bound over t, and by FID over the number of DDIM steps. What is trained or
-measured already is kept: a comparison that was stopped goes on. The figure beside the JSON shows it all, with
+measured already is kept: a comparison that was stopped resumes. The figure beside the JSON shows it all, with
 alpha_bar and the SNR of both schedules.
 """
 

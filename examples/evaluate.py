@@ -37,7 +37,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     sampling = parser.add_argument_group("sampling, with --model")
     sampling.add_argument("--num_inference_steps", type=int, default=50)
-    sampling.add_argument("--scheduler", default="ddim", help="a name that sample.py takes")
+    sampling.add_argument(
+        "--scheduler", default="ddim", help="a name that sample.py takes; auto for a few-step pipeline"
+    )
     sampling.add_argument("--batch_size", type=int, default=500)
 
     bound = parser.add_argument_group("likelihood, with --model")

@@ -11,8 +11,8 @@ Data takes this way through it, at the default size::
 
 Four things differ from the network of DDPM (Ho et al., arXiv 2006.11239, appendix B). Patches of `patch_size` pixels
 a side become channels first, so that no convolution runs at full resolution. Attention is in the middle only, unless
-`down_block_types` asks for more. The sample itself is added to the output, with a gain for each timestep and one for
-each pixel: at high noise the noise is nearly the sample (EDM's skip connection, arXiv 2206.00364, section 5, learned).
+`down_block_types` asks for more. The sample itself is added to the output: at high noise the noise is nearly the sample
+(EDM's skip connection, arXiv 2206.00364, section 5, learned), at low noise a pixel is black, or white, by Bayes' rule.
 Under autocast the first and the last layers stay in float32: near t = 0 the noise is too small for bfloat16.
 """
 
@@ -195,7 +195,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         norm_eps: epsilon of the group norms.
         fourier_frequencies: integers n; `sin(2^n pi x)` and `cos(2^n pi x)` join the channels of the sample. Empty by
             default; (3, 4, 5, 6, 7) for likelihood.
-        pixel_gain: whether each pixel joins the prediction with a gain of its own. Models of 0.1.0 have none.
+        pixel_gain: whether each pixel has a gain of its own, by Bayes' rule. Models of 0.1.0 have none.
         num_class_embeds: classes of the images; None for an unconditional model. Their embeddings are 0 at first.
 
     Raises:
@@ -370,7 +370,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
 
 def _check_config(config: Any) -> None:
-    """Refuse sizes that do not divide, of which torch says nothing or in riddles."""
+    """Reject sizes that do not divide, of which torch says nothing or in riddles."""
     channels, kinds, head_dim = config.block_out_channels, config.down_block_types, config.attention_head_dim
     if len(kinds) != len(channels) or not set(kinds) <= set(DOWN_BLOCK_TYPES):
         raise ValueError(f"down_block_types must be {len(channels)} of {DOWN_BLOCK_TYPES}, got {kinds}.")
@@ -383,7 +383,7 @@ def _check_config(config: Any) -> None:
 
 
 def _check_sample(sample: torch.Tensor, class_labels: torch.Tensor | int | None, config: Any) -> None:
-    """Refuse samples of other channels, sizes that the levels can't halve, and labels that are not of the model."""
+    """Reject samples of other channels, sizes that the levels can't halve, and labels that are not of the model."""
     k = _size_multiple(config)
     if sample.ndim != 4 or sample.shape[1] != config.in_channels or any(size % k for size in sample.shape[2:]):
         raise ValueError(f"sample must be (B, {config.in_channels}, {k} n, {k} m), got {tuple(sample.shape)}.")

@@ -118,7 +118,7 @@ class TrainingArguments:
     logit_mean: float = _arg(0.0, "Mean of the logit of t / T.")
     logit_std: float = _arg(1.0, "Standard deviation of the logit of t / T.", POSITIVE)
     uniform_share: float = _arg(
-        0.3, "Share of timesteps that are uniform instead, half in t, half in log t.", FRACTION
+        0.3, "Share of timesteps that are uniform instead, half in t, half in log(t + 1).", FRACTION
     )
     snr_gamma: float | None = _arg(None, "Min-SNR loss weights (arXiv 2303.09556) with this gamma.", POSITIVE)
     adam_beta1: float = _arg(0.9, "Of AdamW.", FRACTION)

@@ -162,7 +162,7 @@ class Outputs:
         try:
             publish_checkpoint(self.folder / f"checkpoint-{done}", self.repo_id, name, token=self.args.hub_token)
         except RuntimeError as error:
-            logger.warning(f"Training goes on, but {error}")
+            logger.warning(f"Training continues, but {error}")
 
     def finish(self, pipeline: MNISTDDPMPipeline, stopped: bool) -> None:
         """Complete the folder, say what there is now, and publish it if asked to."""
