@@ -343,7 +343,8 @@ def comparison(results: dict[str, Result]) -> str:
         ["samples per second, 50 steps", *(sampling.get(name, "-") for name in contenders)],
     ]
     return (
-        f"Measured with version 0.1.0, on {result['machine']}, {result['threads']} threads. FID of {result['num_images']} samples, real images: "
+        f"Measured with version 0.1.0, on {result['machine']}, {result['threads']} threads. "
+        f"FID of {result['num_images']} samples, real images: "
         f"{result['floor']['fid']:.1f}. More tables and all commands: [docs/results.md](docs/results.md).\n\n"
         f"{table(['', 'this package', 'U-Net of the Hugging Face diffusion course', 'the same, tuned'], rows)}"
     )
