@@ -11,8 +11,8 @@ Data takes this way through it, at the default size::
 
 Four things differ from the network of DDPM (Ho et al., arXiv 2006.11239, appendix B). Patches of `patch_size` pixels
 a side become channels first, so that no convolution runs at full resolution. Attention is in the middle only, unless
-`down_block_types` asks for more. The sample is added to the output: at high noise the noise is nearly the sample (EDM's
-skip connection, arXiv 2206.00364, section 5, learned), and at low noise a pixel is black, or white, by Bayes' rule.
+`down_block_types` asks for more. The sample is added to the output: at high noise it is nearly all noise (EDM's skip
+connection, arXiv 2206.00364, section 5, learned), and at low noise a pixel is black, or white, by Bayes' rule.
 Under autocast the first and the last layers stay in float32: near t = 0 the noise is too small for bfloat16.
 """
 
