@@ -21,7 +21,6 @@ except ModuleNotFoundError as error:
 WITHOUT_FLAG = {
     "model_config_name_or_path", "prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule",
     "ddpm_log_snr", "loss_type", "timestep_sampling", "logit_mean", "logit_std", "uniform_share", "snr_gamma",
-    "optimizer", "muon_learning_rate", "muon_momentum",
 }  # fmt: skip
 
 

@@ -164,7 +164,7 @@ def test_draws_digits_that_the_classifier_reads(drawn, pipe):
     if classes:
         assert (read == 7).sum() >= 8, read
     assert np.array_equal(pixels(drawn, "#x_t"), pixels(drawn, "#x0_hat"))
-    assert requested == []  # all that is needed is there from the beginning
+    assert [url for url in requested if not url.endswith(".onnx")] == []  # the page fetches its models at the start
 
 
 def test_keyboard_alone(drawn):

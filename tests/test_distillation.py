@@ -329,7 +329,7 @@ def state(checkpoint):
     return tensors
 
 
-OBJECTIVES = {"adversarial": (), "consistency": ("--num_levels", "50")}
+OBJECTIVES = {"adversarial": (), "consistency": ("--num_levels", "50", "--optimizer", "adamw")}
 
 
 @pytest.mark.parametrize(("objective", "flags"), OBJECTIVES.items())

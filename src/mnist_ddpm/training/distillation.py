@@ -23,6 +23,7 @@ from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMScheduler
 from mnist_ddpm.training.adversarial import AdversarialLoss, Discriminator
 from mnist_ddpm.training.arguments import COUNT, FIXED, FRACTION, POSITIVE, TrainingArguments, _arg, require
 from mnist_ddpm.training.batches import Batch
+from mnist_ddpm.training.optimizers import make_optimizer
 from mnist_ddpm.training.trainer import Objective, Trainer
 
 SIGMA_DATA = 0.5  # of c_skip and c_out, as in LCMScheduler
@@ -120,14 +121,14 @@ class DistillationArguments(TrainingArguments):
     first_level_share: float = _arg(
         0.7, "Share of the adversarial training at the last of them, T - 1: pure noise.", FRACTION
     )
-    discriminator_learning_rate: float = _arg(2e-4, "Of the discriminator.", POSITIVE)
+    discriminator_lr_ratio: float = _arg(2.0, "The discriminator's learning rates over the student's.", POSITIVE)
     discriminator_noise: float = _arg(
         0.5, "The discriminator sees images at timesteps t, uniform below this share of T.", FRACTION
     )
     penalty_weight: float = _arg(1.0, "Of the penalty on the discriminator's change under small noise.", POSITIVE)
     penalty_std: float = _arg(0.1, "Standard deviation of that noise.", POSITIVE)
 
-    optimizer: Literal["muon", "adamw"] = _arg("adamw", "Of both networks.")
+    muon_momentum: float = _arg(0.5, "Of Muon.", FRACTION)
     learning_rate: float = _arg(1e-4, "Of AdamW.", POSITIVE)
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
@@ -164,7 +165,7 @@ class Distiller(Trainer):
     """
 
     fixed = (
-        *FIXED, "objective", "num_levels", "first_level_share", "discriminator_learning_rate", "discriminator_noise",
+        *FIXED, "objective", "num_levels", "first_level_share", "discriminator_lr_ratio", "discriminator_noise",
         "penalty_weight", "penalty_std",
     )  # fmt: skip
     args: DistillationArguments
@@ -202,7 +203,8 @@ class Distiller(Trainer):
         p[:noised] = 1 / noised
         self.further_batches = [self.make_batches(p, stream) for stream in (1, 2, 3)]
         discriminator: nn.Module = Discriminator(unet).to(self.accelerator.device)
-        optimizer.add_param_group({"params": list(discriminator.parameters()), "lr": args.discriminator_learning_rate})
+        for group in make_optimizer(discriminator, args).param_groups:
+            optimizer.add_param_group({**group, "lr": args.discriminator_lr_ratio * group["lr"]})
         self.further_networks = [discriminator]
         return AdversarialLoss(function, discriminator, args.penalty_weight, args.penalty_std)
 
