@@ -40,6 +40,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling.add_argument(
         "--scheduler", default="ddim", help="a name that sample.py takes; auto for a few-step pipeline"
     )
+    sampling.add_argument(
+        "--guidance_scale", type=float, help="how far the pipeline's guide leads; 1: none; by default as sample.py"
+    )
+    sampling.add_argument("--bf16", action="store_true", help="sample under bfloat16 autocast")
     sampling.add_argument("--batch_size", type=int, default=500)
 
     bound = parser.add_argument_group("likelihood, with --model")
@@ -67,9 +71,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def score_samples(args: argparse.Namespace, device: str) -> dict[str, Any]:
     """Score samples, and the baseline: as many real test images."""
+    import torch
+
     from mnist_ddpm import metrics
     from mnist_ddpm.images import read_samples
-    from mnist_ddpm.sampling import load_pipeline, sample_tensor
+    from mnist_ddpm.sampling import guidance_options, load_pipeline, sample_tensor
     from mnist_ddpm.two_sample import two_sample_scores
 
     start = time.perf_counter()
@@ -82,7 +88,9 @@ def score_samples(args: argparse.Namespace, device: str) -> dict[str, Any]:
     train, test = real_images(args, "train"), real_images(args, "test")
     if args.model is not None:
         options = {"batch_size": args.batch_size, "num_inference_steps": args.num_inference_steps}
-        samples = sample_tensor(pipe, args.num_images or 10_000, args.seed, **options)
+        options |= guidance_options(pipe, args.guidance_scale)
+        with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
+            samples = sample_tensor(pipe, args.num_images or 10_000, args.seed, **options)
     drawn = time.perf_counter()
 
     test = metrics.random_subset(test, len(samples), args.seed)  # FID and its company depend on the number of images

@@ -70,7 +70,7 @@ def test_a_folder_that_sample_writes_is_scored(tmp_path, dataset):
     argv = ["--model", str(tmp_path / "model"), "--num_images", "5", "--num_inference_steps", "2"]
     sample.main(sample.parse_args([*argv, "--output_dir", str(tmp_path / "images"), "--device", "cpu"]))
     always = ["--dataset_name", dataset, "--output", str(tmp_path / "s.json")]
-    of_folder, of_model = run("--samples", str(tmp_path / "images"), *always), run(*argv, *always)
+    of_folder, of_model = run("--samples", str(tmp_path / "images"), *always), run(*argv, "--bf16", *always)
     assert of_folder["num_images"] == of_model["num_images"]
     for name in ("fid", "nearest_distance", "pixels_0"):
         assert of_folder["scores"][name] == pytest.approx(of_model["scores"][name], rel=1e-3)

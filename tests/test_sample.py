@@ -108,6 +108,21 @@ def test_images_have_the_labels_in_turn_and_a_column_for_each(tmp_path, model):
         assert np.abs(cells["all"][i] - other).max() > 10
 
 
+def test_a_guide_leads_unless_the_scale_is_1(tmp_path, model):
+    pipe = MNISTDDPMPipeline.from_pretrained(model)
+    guide = MNISTUNet2DModel.from_config(pipe.unet.config)
+    MNISTDDPMPipeline(pipe.unet, pipe.scheduler, guide=guide).save_pretrained(tmp_path / "guided")
+    interval = ("--guidance_interval", 0.2, 1)
+    flags = {"default": (), "as_default": ("--guidance_scale", 2, *interval), "off": ("--guidance_scale", 1)}
+    for name, words in flags.items():
+        run(str(tmp_path / "guided"), "--output", tmp_path / f"{name}.png", "--num_images", 1, *words)
+    run(model, "--output", tmp_path / "without.png", "--num_images", 1)
+    images = {name: pixels(tmp_path / f"{name}.png") for name in (*flags, "without")}
+    assert np.array_equal(images["default"], images["as_default"])
+    assert np.array_equal(images["off"], images["without"])
+    assert np.abs(images["default"] - images["off"]).max() > 10
+
+
 def test_labels_without_a_model_are_sampled_by_the_conditional_weights(tmp_path, model, monkeypatch):
     monkeypatch.setattr(mnist_ddpm, "PRETRAINED_CONDITIONAL", model)
     flags = ("--num_images", 1, "--class_labels", 2, "--guidance_scale", 2, "--output")

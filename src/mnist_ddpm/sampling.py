@@ -54,6 +54,19 @@ def default_steps(scheduler: Any) -> int:
     return min(4, scheduler.config.original_inference_steps) if is_few_step(scheduler) else 50
 
 
+def guidance_options(
+    pipe: MNISTDDPMPipeline, scale: float | None = None, interval: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """How to guide a pipeline: as asked, or where nobody says so as suits the guide of the package's own.
+
+    Near t = 0 there is nothing to decide any more, and guidance would turn black pixels dark gray.
+    """
+    if scale is None and pipe.guide is not None:
+        scale, interval = 2.0, interval or [0.2, 1.0]  # a list, as in JSON
+    given = {"guidance_scale": scale, "guidance_interval": interval}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def make_scheduler(name: str, config: Any) -> Any:
     """Make the scheduler of a name in `SCHEDULERS` from the config of another, with the options that suit it.
 
