@@ -80,23 +80,15 @@ def classifier(results: dict[str, Result]) -> str:
     return f"The classifier is right on {accuracy:.2%} of the {count:,} test images.\n\n{origins(results)}"
 
 
-def training(results: dict[str, Result]) -> str:
-    """The run that made the weights of the package, by `benchmarks/training_curve.py`."""
-    (result,) = (result["training"] for result in results.values())
-    return (
-        f"{result['steps']:,} steps in {result['seconds'] / 60:.0f} minutes, {result['images_per_second']} images per "
-        f"second. Mean loss of the last {result['loss_window']} steps: {result['loss'][-1]:.4f}.\n\n"
-        f"- `{result['command']}` ({result['machine']})"
-    )
-
-
-def distillation(results: dict[str, Result]) -> str:
-    """The run that made the student of the package, by `benchmarks/training_curve.py`."""
-    (result,) = (result["distillation"] for result in results.values())
-    return (
-        f"{result['images']:,} images in {result['steps']:,} steps and {result['seconds'] / 60:.0f} minutes, "
-        f"{result['images_per_second']} images per second.\n\n- `{result['command']}` ({result['machine']})"
-    )
+def runs(results: dict[str, Result]) -> str:
+    """Runs that made weights of the package, one after the other, by `benchmarks/training_curve.py`."""
+    lines = []
+    for result in results.values():
+        run = result.get("training") or result["distillation"]
+        cost = f"{run['images']:,} images in {run['steps']:,} steps and {run['seconds'] / 60:.0f} minutes"
+        loss = f"mean loss of the last {run['loss_window']} steps: {run['loss'][-1]:.4f}"
+        lines.append(f"- `{run['command']}`: {cost}, {run['images_per_second']} per second, {loss} ({run['machine']})")
+    return "\n".join(lines)
 
 
 def scheduler_step(results: dict[str, Result]) -> str:
@@ -353,8 +345,8 @@ def comparison(results: dict[str, Result]) -> str:
 # each section: the key that its results have and no others, and what makes the section of them
 SECTIONS = {
     "comparison": ("contenders", comparison),
-    "training": ("training", training),
-    "distillation": ("distillation", distillation),
+    "training": ("training", runs),
+    "distillation": ("distillation", runs),
     "scores": ("scores", scores),
     "race": ("contenders", time_to_quality),
     "schedulers": ("schedulers", schedulers),
