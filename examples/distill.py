@@ -8,14 +8,11 @@ its checkpoints, EMA and pictures: `--resume_from_checkpoint latest` resumes it.
 
 import argparse
 import sys
-import traceback
 
-INSTALL = "In a checkout: pip install -e '.[train]'"
-try:
-    from mnist_ddpm.training.arguments import arguments
-    from mnist_ddpm.training.distillation import DistillationArguments, Distiller
-except ModuleNotFoundError as error:
-    sys.exit(f"error: {error}. {INSTALL}")
+from train import add_flag, run  # first: it says what to install
+
+from mnist_ddpm.training.arguments import arguments
+from mnist_ddpm.training.distillation import DistillationArguments, Distiller
 
 # arguments of training that say what the saved pipeline says already, or that its loss has and these losses don't
 WITHOUT_FLAG = {
@@ -33,13 +30,8 @@ def parse_args(argv: list[str] | None = None) -> DistillationArguments:
         allow_abbrev=False,  # the command is kept beside the results, but for --hub_token
     )
     for name, argument in arguments(DistillationArguments).items():
-        if name in WITHOUT_FLAG:
-            continue
-        options = {"default": argument.default, "help": argument.help}
-        if argument.kind is bool:
-            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **options)
-        else:
-            parser.add_argument(f"--{name}", type=argument.kind, choices=argument.choices or None, **options)
+        if name not in WITHOUT_FLAG:
+            add_flag(parser, name, argument)
     values = vars(parser.parse_args(argv))
     try:
         return DistillationArguments(**values, command=["python", "examples/distill.py", *argv])
@@ -53,14 +45,4 @@ def main(args: DistillationArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted. Resume from the last checkpoint with --resume_from_checkpoint latest.")
-    except ModuleNotFoundError as error:
-        sys.exit(f"error: {error}. {INSTALL}")
-    except Exception as error:
-        *_, innermost = traceback.walk_tb(error.__traceback__)
-        if not innermost[0].f_globals.get("__name__", "").startswith("mnist_ddpm."):
-            raise  # not one of the errors that the package raises itself
-        sys.exit(f"error: {error}")
+    run(main, parse_args)

@@ -8,6 +8,8 @@ import argparse
 import difflib
 import sys
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 INSTALL = "In a checkout: pip install -e '.[train]'"
 try:
@@ -69,7 +71,8 @@ def main(args: TrainingArguments) -> None:
     Trainer(args).train()
 
 
-if __name__ == "__main__":
+def run(main: Callable[[Any], None], parse_args: Callable[[], Any]) -> None:
+    """Run a program by its command line. What its user can mend ends it with one line."""
     try:
         main(parse_args())
     except KeyboardInterrupt:
@@ -83,3 +86,7 @@ if __name__ == "__main__":
         if not innermost[0].f_globals.get("__name__", "").startswith("mnist_ddpm."):
             raise  # not one of the errors that the package raises itself
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    run(main, parse_args)
