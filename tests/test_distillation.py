@@ -1,5 +1,6 @@
 """Distillation: both objectives against what is known in closed form on Gaussian data, and runs of a few steps."""
 
+import json
 import math
 
 import distill
@@ -21,6 +22,7 @@ from mnist_ddpm.training.distillation import (
     ConsistencyLoss,
     DistillationArguments,
     Distiller,
+    GuidedTeacher,
     level_probabilities,
     level_timesteps,
 )
@@ -291,12 +293,23 @@ def test_a_discriminator_is_the_way_down_of_the_unet():
 # Runs
 
 
+def test_a_guided_teacher_predicts_as_its_pipeline():
+    pipe = MNISTDDPMPipeline(unet=unet_of(), scheduler=SCHEDULER, guide=unet_of(1))
+    torch.nn.init.normal_(pipe.guide.conv_out.weight)
+    teacher = GuidedTeacher(pipe.unet, pipe.guide, 2.0, (200, 999))
+    x_t, timesteps, scales = torch.randn(3, 1, 8, 8), torch.tensor([199, 200, 999]), (1.0, 2.0, 2.0)
+    with torch.no_grad():
+        (predicted,) = teacher(x_t, timesteps, return_dict=False)
+        expected = [pipe._predict(x_t[i : i + 1], timesteps[i], None, scales[i]) for i in range(3)]
+    torch.testing.assert_close(predicted, torch.cat(expected))
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A data set and a saved pipeline."""
     folder = tmp_path_factory.mktemp("distill")
     write_images(folder / "images")
-    MNISTDDPMPipeline(unet=unet_of(), scheduler=SCHEDULER).save_pretrained(folder / "teacher")
+    MNISTDDPMPipeline(unet=unet_of(), scheduler=SCHEDULER, guide=unet_of(1)).save_pretrained(folder / "teacher")
     return folder
 
 
@@ -370,6 +383,20 @@ def test_a_run_leaves_a_pipeline_for_few_steps(run, tmp_path, objective, flags):
         assert len(visited) == steps
         torch.testing.assert_close(three[2:], again)  # noise of its own generator at each step
         assert not torch.equal(three[0], three[1])
+
+
+def test_the_guide_leads_the_teacher_unless_the_scale_is_1(run, tmp_path):
+    losses = []
+    for name, flags in {
+        "guided": (),
+        "as_guided": ("--guidance_scale", "2"),
+        "plain": ("--guidance_scale", "1"),
+    }.items():
+        folder = run(tmp_path / name, *flags, objective="consistency", max_train_steps=1)
+        losses.append(json.loads((folder / "train_log.jsonl").read_text(encoding="utf-8"))["loss"])
+    assert losses[0] == losses[1] != losses[2]
+    with pytest.raises(ValueError, match="guidance_scale"):
+        run(tmp_path / "again", "--guidance_scale", "2", init_from=folder, objective="consistency")
 
 
 def test_a_student_may_be_distilled_again(run, tmp_path):

@@ -19,7 +19,8 @@ import torch
 from diffusers import LCMScheduler
 from torch import nn
 
-from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMScheduler
+from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler
+from mnist_ddpm.sampling import guidance_options
 from mnist_ddpm.training.adversarial import AdversarialLoss, Discriminator
 from mnist_ddpm.training.arguments import COUNT, FIXED, FRACTION, POSITIVE, TrainingArguments, _arg, require
 from mnist_ddpm.training.batches import Batch
@@ -53,6 +54,28 @@ class ConsistencyFunction:
         c_out = t / (t**2 + SIGMA_DATA**2).sqrt()
         images: torch.Tensor = c_skip * x_t + c_out * x0_hat
         return images
+
+
+class GuidedTeacher(nn.Module):
+    """A teacher that is led away from its guide (arXiv 2406.02507), as `MNISTDDPMPipeline` does with it.
+
+    Args:
+        unet: the strong network.
+        guide: the weak one.
+        scale: s in `weak + s (strong - weak)`.
+        interval: timesteps at which s acts, both ends included.
+    """
+
+    def __init__(self, unet: nn.Module, guide: nn.Module, scale: float, interval: tuple[float, float]):
+        super().__init__()
+        self.unet, self.guide, self.scale, self.interval = unet, guide, scale, interval
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+        """The prediction for noisy images `(B, C, H, W)` at timesteps `(B,)`."""
+        strong, weak = (network(x_t, t, *args, **kwargs)[0] for network in (self.unet, self.guide))
+        low, high = self.interval
+        s = torch.where((low <= t) & (t <= high), self.scale, 1.0)[:, None, None, None]
+        return (weak + s * (strong - weak),)
 
 
 class ConsistencyLoss:
@@ -118,6 +141,9 @@ class DistillationArguments(TrainingArguments):
     num_levels: int = _arg(
         4, "Timesteps at which the student is trained, equally spaced: the most steps that it can take.", COUNT
     )
+    guidance_scale: float | None = _arg(
+        None, "How far its guide leads a teacher of consistency; 1: none. By default as examples/sample.py.", POSITIVE
+    )
     first_level_share: float = _arg(
         0.7, "Share of the adversarial training at the last of them, T - 1: pure noise.", FRACTION
     )
@@ -165,8 +191,8 @@ class Distiller(Trainer):
     """
 
     fixed = (
-        *FIXED, "objective", "num_levels", "first_level_share", "discriminator_lr_ratio", "discriminator_noise",
-        "penalty_weight", "penalty_std",
+        *FIXED, "objective", "num_levels", "guidance_scale", "first_level_share", "discriminator_lr_ratio",
+        "discriminator_noise", "penalty_weight", "penalty_std",
     )  # fmt: skip
     args: DistillationArguments
 
@@ -196,7 +222,7 @@ class Distiller(Trainer):
         function = ConsistencyFunction(self.scheduler, self.make_sampler())
         if args.objective == "consistency":
             self.batches = self.make_batches(level_probabilities(T, timesteps, 1 / args.num_levels))
-            return ConsistencyLoss(function, copy.deepcopy(unet), timesteps, self.accelerator.autocast)
+            return ConsistencyLoss(function, self.make_teacher(unet), timesteps, self.accelerator.autocast)
         self.batches = self.make_batches(level_probabilities(T, timesteps, args.first_level_share))
         noised = max(1, round(args.discriminator_noise * T))
         p = torch.zeros(T, dtype=torch.float64)
@@ -207,6 +233,18 @@ class Distiller(Trainer):
             optimizer.add_param_group({**group, "lr": args.discriminator_lr_ratio * group["lr"]})
         self.further_networks = [discriminator]
         return AdversarialLoss(function, discriminator, args.penalty_weight, args.penalty_std)
+
+    def make_teacher(self, unet: nn.Module) -> nn.Module:
+        """A copy of the U-Net at the start, led by the saved pipeline's guide if it has one."""
+        saved = MNISTDDPMPipeline.from_pretrained(str(self.args.init_from))
+        guidance = guidance_options(saved, self.args.guidance_scale)
+        scale, (low, high) = guidance.get("guidance_scale", 1.0), guidance.get("guidance_interval", (0.0, 1.0))
+        teacher = copy.deepcopy(unet)
+        if scale == 1:
+            return teacher
+        require(saved.guide is not None, "guidance_scale must be 1 without a guide", scale)
+        T = len(self.scheduler)
+        return GuidedTeacher(teacher, saved.guide, scale, (low * T, high * T)).to(self.accelerator.device)
 
     def micro_batches(self, step: int) -> Sequence[Any]:
         """This process's share of a step; an adversarial one takes more than a batch."""
