@@ -86,8 +86,9 @@ def runs(results: dict[str, Result]) -> str:
     for result in results.values():
         run = result.get("training") or result["distillation"]
         cost = f"{run['images']:,} images in {run['steps']:,} steps and {run['seconds'] / 60:.0f} minutes"
-        loss = f"mean loss of the last {run['loss_window']} steps: {run['loss'][-1]:.4f}"
-        lines.append(f"- `{run['command']}`: {cost}, {run['images_per_second']} per second, {loss} ({run['machine']})")
+        if "training" in result:  # the loss of a generator says nothing
+            cost += f", mean loss of the last {run['loss_window']} steps {run['loss'][-1]:.4f}"
+        lines.append(f"- `{run['command']}`: {cost}, {run['images_per_second']} images per second ({run['machine']})")
     return "\n".join(lines)
 
 

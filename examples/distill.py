@@ -1,6 +1,7 @@
 """Distill a saved pipeline into a student that makes images in 1 to 4 steps, or another number.
 
-`python examples/distill.py --init_from src/mnist_ddpm/pretrained --output_dir few-steps`
+    python examples/distill.py --init_from src/mnist_ddpm/pretrained --output_dir consistent --objective consistency
+    python examples/distill.py --init_from consistent --output_dir few-steps
 
 Each flag is an argument of `mnist_ddpm.training.distillation.DistillationArguments`; the run is a training run, with
 its checkpoints, EMA and pictures: `--resume_from_checkpoint latest` resumes it.
@@ -9,10 +10,13 @@ its checkpoints, EMA and pictures: `--resume_from_checkpoint latest` resumes it.
 import argparse
 import sys
 
-from train import add_flag, run  # first: it says what to install
-
-from mnist_ddpm.training.arguments import arguments
-from mnist_ddpm.training.distillation import DistillationArguments, Distiller
+INSTALL = "In a checkout: pip install -e '.[train]'"
+try:
+    from mnist_ddpm.cli import run
+    from mnist_ddpm.training.arguments import add_flag, arguments
+    from mnist_ddpm.training.distillation import DistillationArguments, Distiller
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}. {INSTALL}")
 
 # arguments of training that say what the saved pipeline says already, or that its loss has and these losses don't
 WITHOUT_FLAG = {
@@ -45,4 +49,4 @@ def main(args: DistillationArguments) -> None:
 
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    run(main, parse_args, INSTALL)

@@ -41,7 +41,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--scheduler", default="ddim", help="a name that sample.py takes; auto for a few-step pipeline"
     )
     sampling.add_argument(
-        "--guidance_scale", type=float, help="how far the pipeline's guide leads; 1: none; by default as sample.py"
+        "--guidance_scale", type=float, help="scale of guidance by the pipeline's guide; 1: none; by default 2"
+    )
+    sampling.add_argument(
+        "--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="t / T of guidance; by default 0.2 1"
     )
     sampling.add_argument("--bf16", action="store_true", help="sample under bfloat16 autocast")
     sampling.add_argument("--batch_size", type=int, default=500)
@@ -79,6 +82,7 @@ def score_samples(args: argparse.Namespace, device: str) -> dict[str, Any]:
     from mnist_ddpm.two_sample import two_sample_scores
 
     start = time.perf_counter()
+    guidance: dict[str, Any] = {}
     if args.samples is not None:
         samples = read_samples(args.samples, args.num_images)
     else:
@@ -87,8 +91,8 @@ def score_samples(args: argparse.Namespace, device: str) -> dict[str, Any]:
     inception = metrics.InceptionFeatures().to(device) if args.inception else None
     train, test = real_images(args, "train"), real_images(args, "test")
     if args.model is not None:
-        options = {"batch_size": args.batch_size, "num_inference_steps": args.num_inference_steps}
-        options |= guidance_options(pipe, args.guidance_scale)
+        guidance = guidance_options(pipe, args.guidance_scale, args.guidance_interval)
+        options = {"batch_size": args.batch_size, "num_inference_steps": args.num_inference_steps, **guidance}
         with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
             samples = sample_tensor(pipe, args.num_images or 10_000, args.seed, **options)
     drawn = time.perf_counter()
@@ -104,7 +108,7 @@ def score_samples(args: argparse.Namespace, device: str) -> dict[str, Any]:
     return {
         "scores": scores,
         "floor": baseline,
-        "source": {name: getattr(args, name) for name in source},
+        "source": {name: getattr(args, name) for name in source} | guidance,
         "num_images": {"samples": len(samples), "floor": len(test), "reference": len(train)},
         "seconds": {"samples": drawn - start, "scores": time.perf_counter() - drawn},
     }

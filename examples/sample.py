@@ -37,10 +37,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--guidance_scale",
         type=float,
-        help="How far the label, or a guide, leads; 1: none. By default 2 by a guide, but for t / T below 0.2.",
+        help="Scale of guidance, by labels or by a guide; 1: none. By default 2 if the pipeline has a guide, else 1.",
     )
     parser.add_argument(
-        "--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="The t / T that it leads at."
+        "--guidance_interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="The t / T at which guidance acts. By default 0.2 to 1 if the pipeline has a guide, else 0 to 1.",
     )
     parser.add_argument("--eta", type=float, help="DDIM's weight of the noise, from 0 to 1.")
     parser.add_argument("--noise_scale", type=float, help="DDPM's factor on the noise of each step.")

@@ -7,14 +7,12 @@ Each flag is an argument of `mnist_ddpm.training.TrainingArguments`; the run its
 import argparse
 import difflib
 import sys
-import traceback
-from collections.abc import Callable
-from typing import Any
 
 INSTALL = "In a checkout: pip install -e '.[train]'"
 try:
+    from mnist_ddpm.cli import run
     from mnist_ddpm.training import Trainer, TrainingArguments
-    from mnist_ddpm.training.arguments import Argument, arguments
+    from mnist_ddpm.training.arguments import add_flag, arguments
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}. {INSTALL}")
 
@@ -24,22 +22,6 @@ NOT_TAKEN = {  # flags of diffusers' train_unconditional.py
     "--enable_xformers_memory_efficient_attention": "PyTorch's own attention needs no switch",
     "--local_rank": "the launcher sets it",
 }
-
-
-def add_flag(parser: argparse.ArgumentParser, name: str, argument: Argument) -> None:
-    """Add the flag of an argument."""
-    flags = [f"--{name}", *argument.flags]
-    options = {"default": argument.default, "help": argument.help}
-    if argument.kind is bool:
-        parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
-    elif argument.kind == tuple[float, float]:
-        parser.add_argument(*flags, type=float, nargs=2, metavar=("MAX", "MIN"), **options)
-    elif argument.choices:
-        parser.add_argument(
-            *flags, type=argument.kind, metavar=f"{{{','.join(map(str, argument.choices))}}}", **options
-        )
-    else:
-        parser.add_argument(*flags, type=argument.kind, **options)
 
 
 def parse_args(argv: list[str] | None = None) -> TrainingArguments:
@@ -71,22 +53,5 @@ def main(args: TrainingArguments) -> None:
     Trainer(args).train()
 
 
-def run(main: Callable[[Any], None], parse_args: Callable[[], Any]) -> None:
-    """Run a program by its command line. What its user can mend ends it with one line."""
-    try:
-        main(parse_args())
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted. Resume from the last checkpoint with --resume_from_checkpoint latest.")
-    except ModuleNotFoundError as error:
-        sys.exit(f"error: {error}. {INSTALL}")
-    except OSError as error:
-        sys.exit(f"error: {error}")
-    except Exception as error:
-        *_, innermost = traceback.walk_tb(error.__traceback__)
-        if not innermost[0].f_globals.get("__name__", "").startswith("mnist_ddpm."):
-            raise  # not one of the errors that the package raises itself
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    run(main, parse_args)
+    run(main, parse_args, INSTALL)

@@ -70,10 +70,22 @@ def test_a_folder_that_sample_writes_is_scored(tmp_path, dataset):
     argv = ["--model", str(tmp_path / "model"), "--num_images", "5", "--num_inference_steps", "2"]
     sample.main(sample.parse_args([*argv, "--output_dir", str(tmp_path / "images"), "--device", "cpu"]))
     always = ["--dataset_name", dataset, "--output", str(tmp_path / "s.json")]
-    of_folder, of_model = run("--samples", str(tmp_path / "images"), *always), run(*argv, "--bf16", *always)
+    of_folder, of_model = run("--samples", str(tmp_path / "images"), *always), run(*argv, *always)
     assert of_folder["num_images"] == of_model["num_images"]
     for name in ("fid", "nearest_distance", "pixels_0"):
         assert of_folder["scores"][name] == pytest.approx(of_model["scores"][name], rel=1e-3)
+
+
+def test_a_guide_leads_unless_the_scale_is_1(tmp_path, dataset):
+    unet, guide = tiny_unet(), tiny_unet()
+    for i, network in enumerate((unet, guide)):
+        torch.nn.init.normal_(network.conv_out.weight, std=0.1 * (i + 1))
+    MNISTDDPMPipeline(unet, MNISTDDIMScheduler(), guide=guide).save_pretrained(tmp_path / "model")
+    argv = ["--model", str(tmp_path / "model"), "--num_images", "5", "--num_inference_steps", "2"]
+    argv += ["--dataset_name", dataset, "--output", str(tmp_path / "s.json")]
+    results = [run(*argv, *flags) for flags in ([], ["--guidance_scale", "1"], ["--bf16"])]
+    assert [result["source"]["guidance_scale"] for result in results] == [2, 1, 2]
+    assert len({result["scores"]["nearest_distance"] for result in results}) == 3
 
 
 def save_model(folder: Path, **kwargs) -> list[str]:

@@ -4,7 +4,10 @@ import argparse
 import os
 import platform
 import shlex
+import sys
 import tempfile
+import traceback
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,3 +45,20 @@ def check_writable(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
         pass
+
+
+def run(main: Callable[[Any], None], parse_args: Callable[[], Any], install: str) -> None:
+    """Run a program that trains. What its user can mend ends it with one line; `install` says how to get a module."""
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted. Resume from the last checkpoint with --resume_from_checkpoint latest.")
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}. {install}")
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    except Exception as error:
+        *_, innermost = traceback.walk_tb(error.__traceback__)
+        if not innermost[0].f_globals.get("__name__", "").startswith("mnist_ddpm."):
+            raise  # not one of the errors that the package raises itself
+        sys.exit(f"error: {error}")

@@ -298,7 +298,7 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         _edit(folder / self.config_name, index)
 
 
-def extrapolate(strong: torch.Tensor, weak: torch.Tensor, scale: float, channels: int) -> torch.Tensor:
+def extrapolate(strong: torch.Tensor, weak: torch.Tensor, scale: Any, channels: int) -> torch.Tensor:
     """`weak + s (strong - weak)`: guidance. A learned variance, in further channels, stays that of `strong`."""
     guided = weak[:, :channels] + scale * (strong[:, :channels] - weak[:, :channels])
     return torch.cat([guided, strong[:, channels:]], dim=1)

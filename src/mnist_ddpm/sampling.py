@@ -57,12 +57,12 @@ def default_steps(scheduler: Any) -> int:
 def guidance_options(
     pipe: MNISTDDPMPipeline, scale: float | None = None, interval: Sequence[float] | None = None
 ) -> dict[str, Any]:
-    """How to guide a pipeline: as asked, or where nobody says so as suits the guide of the package's own.
+    """The options that guide a pipeline; by default those that were measured best for the guide of the package.
 
-    Near t = 0 there is nothing to decide any more, and guidance would turn black pixels dark gray.
+    Near t = 0 the digit is decided, and guidance would turn black pixels dark gray.
     """
-    if scale is None and pipe.guide is not None:
-        scale, interval = 2.0, interval or [0.2, 1.0]  # a list, as in JSON
+    if pipe.guide is not None:
+        scale, interval = 2.0 if scale is None else scale, interval or [0.2, 1.0]  # a list, as in JSON
     given = {"guidance_scale": scale, "guidance_interval": interval}
     return {name: value for name, value in given.items() if value is not None}
 

@@ -1,5 +1,6 @@
 """What a training run is told: every argument once, with its type, default, range and meaning."""
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from types import NoneType
@@ -235,6 +236,22 @@ def arguments(cls: type[TrainingArguments] = TrainingArguments) -> dict[str, Arg
             kind = type(choices[0]) if choices else kind
             described[f.name] = Argument(kind, choices, default=f.default, **f.metadata)
     return described
+
+
+def add_flag(parser: argparse.ArgumentParser, name: str, argument: Argument) -> None:
+    """Add the flag of an argument."""
+    flags = [f"--{name}", *argument.flags]
+    options = {"default": argument.default, "help": argument.help}
+    if argument.kind is bool:
+        parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
+    elif argument.kind == tuple[float, float]:
+        parser.add_argument(*flags, type=float, nargs=2, metavar=("MAX", "MIN"), **options)
+    elif argument.choices:
+        parser.add_argument(
+            *flags, type=argument.kind, metavar=f"{{{','.join(map(str, argument.choices))}}}", **options
+        )
+    else:
+        parser.add_argument(*flags, type=argument.kind, **options)
 
 
 def require(condition: bool, rule: str, value: object, remedy: str = "") -> None:

@@ -20,6 +20,7 @@ from diffusers import LCMScheduler
 from torch import nn
 
 from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler
+from mnist_ddpm.pipeline import extrapolate
 from mnist_ddpm.sampling import guidance_options
 from mnist_ddpm.training.adversarial import AdversarialLoss, Discriminator
 from mnist_ddpm.training.arguments import COUNT, FIXED, FRACTION, POSITIVE, TrainingArguments, _arg, require
@@ -75,7 +76,7 @@ class GuidedTeacher(nn.Module):
         strong, weak = (network(x_t, t, *args, **kwargs)[0] for network in (self.unet, self.guide))
         low, high = self.interval
         s = torch.where((low <= t) & (t <= high), self.scale, 1.0)[:, None, None, None]
-        return (weak + s * (strong - weak),)
+        return (extrapolate(strong, weak, s, x_t.shape[1]),)
 
 
 class ConsistencyLoss:
@@ -142,7 +143,7 @@ class DistillationArguments(TrainingArguments):
         4, "Timesteps at which the student is trained, equally spaced: the most steps that it can take.", COUNT
     )
     guidance_scale: float | None = _arg(
-        None, "How far its guide leads a teacher of consistency; 1: none. By default as examples/sample.py.", POSITIVE
+        None, "Of a teacher with a guide, for consistency; 1: none. By default as examples/sample.py.", POSITIVE
     )
     first_level_share: float = _arg(
         0.7, "Share of the adversarial training at the last of them, T - 1: pure noise.", FRACTION
@@ -169,6 +170,11 @@ class DistillationArguments(TrainingArguments):
         super().__post_init__()
         require(self.init_from is not None, "init_from must be the saved pipeline to distill", self.init_from)
         require(
+            self.guidance_scale is None or self.objective == "consistency",
+            "guidance_scale must be None without --objective consistency",
+            self.guidance_scale,
+        )
+        require(
             self.ddpm_num_inference_steps <= self.num_levels,
             f"ddpm_num_inference_steps must be at most num_levels ({self.num_levels})",
             self.ddpm_num_inference_steps,
@@ -187,7 +193,7 @@ class Distiller(Trainer):
         ValueError, OSError, MemoryError: as for `Trainer`.
 
     Example:
-        `Distiller(DistillationArguments(init_from="digits", output_dir="fast-digits")).train()`
+        `Distiller(DistillationArguments(init_from="digits", output_dir="fast", objective="consistency")).train()`
     """
 
     fixed = (
