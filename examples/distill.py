@@ -1,7 +1,6 @@
 """Distill a saved pipeline into a student that makes images in 1 to 4 steps, or another number.
 
-    python examples/distill.py --init_from src/mnist_ddpm/pretrained --output_dir consistent --objective consistency
-    python examples/distill.py --init_from consistent --output_dir few-steps
+`python examples/distill.py --init_from src/mnist_ddpm/pretrained --output_dir few-steps`
 
 Each flag is an argument of `mnist_ddpm.training.distillation.DistillationArguments`; the run is a training run, with
 its checkpoints, EMA and pictures: `--resume_from_checkpoint latest` resumes it.

@@ -99,10 +99,9 @@ function stop() {
   if (trajectory.steps.length) show();
 }
 
-// Show the controls that the chosen model has.
+// Show the controls that the models have.
 function adapt() {
-  const { classes } = choice().model;
-  $("digits").hidden = $("guidance").hidden = classes.length === 0;
+  $("digits").hidden = $("guidance").hidden = models.at(-1).classes.length === 0;
   $("guidance_scale").disabled = chosenClass() === "";
   $("scale").textContent = Number($("guidance_scale").value).toFixed(1);
 }
@@ -132,7 +131,11 @@ $("new_seed").addEventListener("click", () => {
   $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0] % 10000;
   draw();
 });
-$("controls").addEventListener("change", () => {
+$("controls").addEventListener("change", ({ target }) => {
+  if (models.at(-1).classes.length && choice().model.classes.length === 0) { // the few-step model knows no digits
+    if (target.name === "digit") $("steps").value = `${models.length - 1}:10`;
+    else $("controls").elements.digit.value = "";
+  }
   adapt();
   draw();
 });

@@ -135,12 +135,12 @@ class DistillationArguments(TrainingArguments):
     What the U-Net predicts, and the noise schedule, are those of the saved pipeline.
     """
 
-    objective: Literal["adversarial", "consistency"] = _arg(
-        "adversarial",
-        "Learn from real images, against a discriminator; or follow the teacher's DDIM steps.",
+    objective: Literal["consistency", "adversarial"] = _arg(
+        "consistency",
+        "Follow the teacher's DDIM steps; or learn from real images, against a discriminator.",
     )
     num_levels: int = _arg(
-        4, "Timesteps at which the student is trained, equally spaced: the most steps that it can take.", COUNT
+        20, "Timesteps at which the student is trained, equally spaced: the most steps that it can take.", COUNT
     )
     guidance_scale: float | None = _arg(
         None, "Of a teacher with a guide, for consistency; 1: none. By default as examples/sample.py.", POSITIVE
@@ -193,7 +193,7 @@ class Distiller(Trainer):
         ValueError, OSError, MemoryError: as for `Trainer`.
 
     Example:
-        `Distiller(DistillationArguments(init_from="digits", output_dir="fast", objective="consistency")).train()`
+        `Distiller(DistillationArguments(init_from="digits", output_dir="fast-digits")).train()`
     """
 
     fixed = (
