@@ -86,7 +86,6 @@ def test_the_table_and_the_lines_name_the_best(run, tmp_path):
         assert line.startswith(f"- {n}: {best} (FID ")
 
 
-@pytest.mark.skipif(not PRETRAINED_FEW_STEP.exists(), reason="no student has been packaged yet")
 @pytest.mark.parametrize("steps", [1, 4])
 def test_the_packaged_student_draws_digits_of_many_kinds(steps):
     files = [path for path in PRETRAINED_FEW_STEP.rglob("*") if path.is_file()]
