@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_training import UNET, write_images
 from torch import nn
 
-from mnist_ddpm import MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
+from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
 from mnist_ddpm.training.adversarial import AdversarialLoss, Discriminator, relativistic_loss
 from mnist_ddpm.training.arguments import FIXED, arguments
 from mnist_ddpm.training.batches import Batch
@@ -29,6 +29,7 @@ from mnist_ddpm.training.distillation import (
 
 T = 1000
 SCHEDULER = MNISTDDPMScheduler(beta_schedule="cosine", prediction_type="v_prediction", clip_sample=False)
+SAMPLER = LCMScheduler(clip_sample=False)  # Gaussian data have no limits
 ALPHA_BAR = SCHEDULER.alphas_cumprod.double()
 MEAN, STD = 0.3, 0.5  # of Gaussian data
 
@@ -88,9 +89,10 @@ def gaussian_batch(timesteps, generator):
     return Batch(clean, torch.randn(shape, generator=generator), timesteps)
 
 
-def consistency_loss(num_levels, teacher=posterior_mean):
-    function = ConsistencyFunction(SCHEDULER, LCMScheduler())
-    return ConsistencyLoss(function, Predictor(teacher), level_timesteps(T, num_levels))
+def consistency_loss(num_levels, teacher=posterior_mean, clip_sample=False):
+    function = ConsistencyFunction(SCHEDULER, LCMScheduler(clip_sample=clip_sample))
+    ddim = MNISTDDIMScheduler.from_config(SCHEDULER.config)
+    return ConsistencyLoss(function, Predictor(teacher), ddim, level_timesteps(T, num_levels))
 
 
 # The student's function
@@ -98,9 +100,10 @@ def consistency_loss(num_levels, teacher=posterior_mean):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("t", [0, 1, 19, 499, 949])
-def test_the_function_is_that_of_diffusers(prediction_type, t):
+@pytest.mark.parametrize("clip_sample", [False, True])
+def test_the_function_is_that_of_diffusers(prediction_type, t, clip_sample):
     scheduler = MNISTDDPMScheduler.from_config(SCHEDULER.config, prediction_type=prediction_type)
-    sampler = LCMScheduler.from_config(scheduler.config)
+    sampler = LCMScheduler.from_config(scheduler.config, clip_sample=clip_sample)
     sampler.set_timesteps(1)
     sampler.set_begin_index(0)
     x_t, output = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -112,7 +115,7 @@ def test_the_function_is_that_of_diffusers(prediction_type, t):
 
 def test_at_no_noise_the_function_is_the_identity():
     x = torch.randn(5, 1, 4, 4)
-    function = ConsistencyFunction(SCHEDULER, LCMScheduler())
+    function = ConsistencyFunction(SCHEDULER, SAMPLER)
     wild = Predictor(lambda x_t, t: 1e3 * torch.randn_like(x_t))
     assert torch.equal(function(wild, x, torch.zeros(5, dtype=torch.long)), x)
 
@@ -154,22 +157,32 @@ def test_a_linear_student_learns_where_the_teachers_steps_lead():
     loss, student = consistency_loss(num_levels), LinearStudent()
     optimizer = torch.optim.Adam(student.parameters(), lr=0.05)
     generator = torch.Generator().manual_seed(0)
-    for step in range(400):
-        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 400)
+    for step in range(800):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 800)
         optimizer.zero_grad()
         loss(student, gaussian_batch(levels.repeat(8), generator)).backward()
         optimizer.step()
     x = torch.randn(200, 1, 1, 1, generator=generator)
-    f = ConsistencyFunction(SCHEDULER, LCMScheduler())(student, x, torch.full((200,), T - 1)).detach()
-    loss.ddim.set_timesteps(timesteps=sorted({0, *levels.tolist()}, reverse=True))
+    f = ConsistencyFunction(SCHEDULER, SAMPLER)(student, x, torch.full((200,), T - 1)).detach()
     end = x
-    for t in loss.ddim.timesteps[:-1]:
+    for t in loss.ddim.timesteps:
         (output,) = loss.teacher(end, t.expand(len(end)))
         end = loss.ddim.step(output, t, end).prev_sample
     assert (f - end).abs().max() < 0.02
     exact = exact_map(x, torch.full((200,), T - 1))
     assert (f - exact).abs().max() < 0.25  # ten steps are not the ODE
     assert (posterior_mean(x, torch.full((200,), T - 1)) - exact).abs().max() > 1  # where the student began
+
+
+@pytest.mark.parametrize(("x0_hat", "is_mended"), [(-0.9, True), (-1.1, False)])
+def test_a_black_pixel_may_be_predicted_as_blacker_than_black(x0_hat, is_mended):
+    """Beyond the limit there is no gradient: an error on that side doesn't show."""
+    loss = consistency_loss(10, lambda x_t, t: torch.full_like(x_t, -1.0), clip_sample=True)
+    (first, *_) = level_timesteps(T, 10)
+    student = LinearStudent()
+    student.weights.data.copy_(torch.tensor([0.0, x0_hat]))
+    loss(student, gaussian_batch(torch.full((8,), first), torch.Generator().manual_seed(0))).backward()
+    assert (student.weights.grad[first, 1] > 0) == is_mended
 
 
 # The adversarial losses
@@ -203,7 +216,7 @@ def adversarial_batch(size=4, shape=(1, 8, 8), labels=None, max_t=500):
 @pytest.mark.parametrize("classes", [None, 3])
 def test_each_network_gets_the_gradients_of_its_own_loss(classes):
     unet = unet_of(num_class_embeds=classes)
-    function, discriminator = ConsistencyFunction(SCHEDULER, LCMScheduler()), Discriminator(unet)
+    function, discriminator = ConsistencyFunction(SCHEDULER, SAMPLER), Discriminator(unet)
     labels = torch.tensor([0, 2, 1, 3]) if classes else None
     batch = adversarial_batch(labels=labels)
     AdversarialLoss(function, discriminator, 2.0, 0.1)(unet, batch).backward()
@@ -244,7 +257,7 @@ def test_the_penalty_is_the_squared_gradient_of_a_linear_discriminator():
     with torch.no_grad():
         discriminator.weights[0] = 3.0
     batch = adversarial_batch(20_000, (1, 1, 1))
-    function = ConsistencyFunction(SCHEDULER, LCMScheduler())
+    function = ConsistencyFunction(SCHEDULER, SAMPLER)
     losses = [
         AdversarialLoss(function, discriminator, weight, 0.1)(Predictor(posterior_mean), batch).item()
         for weight in (1.0, 2.0)
@@ -254,7 +267,7 @@ def test_the_penalty_is_the_squared_gradient_of_a_linear_discriminator():
 
 def test_an_adversarial_student_learns_the_mean_and_the_spread_of_gaussian_data():
     student, discriminator = LinearStudent(), QuadraticDiscriminator()
-    loss = AdversarialLoss(ConsistencyFunction(SCHEDULER, LCMScheduler()), discriminator, 1.0, 0.1)
+    loss = AdversarialLoss(ConsistencyFunction(SCHEDULER, SAMPLER), discriminator, 1.0, 0.1)
     groups = [{"params": student.parameters(), "lr": 0.01}, {"params": discriminator.parameters(), "lr": 0.02}]
     optimizer = torch.optim.AdamW(groups, betas=(0.0, 0.99), weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)

@@ -37,11 +37,11 @@ class ConsistencyFunction:
 
     Args:
         scheduler: the noise schedule, and what the U-Net predicts.
-        sampler: whose `timestep_scaling` is taken.
+        sampler: whose `timestep_scaling` is taken, and `clip_sample`: whether x0_hat is clipped.
     """
 
     def __init__(self, scheduler: MNISTDDPMScheduler, sampler: LCMScheduler):
-        self.scheduler = scheduler
+        self.scheduler = MNISTDDPMScheduler.from_config(scheduler.config, clip_sample=sampler.config.clip_sample)
         self.scaling: float = sampler.config.timestep_scaling
 
     def __call__(
@@ -88,7 +88,9 @@ class ConsistencyLoss:
     Args:
         function: f.
         teacher: the U-Net to distill.
-        timesteps: those that t is from, in ascending order; prev is the one before, and 0 before the first.
+        ddim: its scheduler.
+        timesteps: those that t is from, in ascending order; prev is the one before. Before the first comes the clean
+            image, where f is the identity.
         autocast: the context that the teacher runs in.
     """
 
@@ -96,13 +98,13 @@ class ConsistencyLoss:
         self,
         function: ConsistencyFunction,
         teacher: nn.Module,
+        ddim: MNISTDDIMScheduler,
         timesteps: Sequence[int],
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
-        self.function, self.autocast = function, autocast
+        self.function, self.ddim, self.autocast = function, ddim, autocast
         self.teacher = teacher.eval().requires_grad_(False)
-        self.ddim = MNISTDDIMScheduler.from_config(function.scheduler.config, variance_type="fixed_small")
-        self.ddim.set_timesteps(timesteps=sorted({0, *timesteps}, reverse=True))
+        self.ddim.set_timesteps(timesteps=sorted(timesteps, reverse=True))
 
     def __call__(self, unet: Any, batch: Batch) -> torch.Tensor:
         """The mean over the batch, a float32 scalar."""
@@ -216,8 +218,16 @@ class Distiller(Trainer):
         return MNISTDDPMScheduler.from_pretrained(self.args.init_from, subfolder="scheduler")
 
     def make_sampler(self) -> Any:
-        """The scheduler whose timesteps are those that the student is trained at."""
-        return LCMScheduler.from_config(self.scheduler.config, original_inference_steps=self.args.num_levels)
+        """The scheduler whose timesteps are those that the student is trained at.
+
+        A student by consistency clips x0_hat: a black pixel may be predicted as blacker than black, where else half of
+        them would be a little too bright. An adversarial one doesn't: a clipped pixel has no gradient to mend it.
+        """
+        options = {
+            "original_inference_steps": self.args.num_levels,
+            "clip_sample": self.args.objective == "consistency",
+        }
+        return LCMScheduler.from_config(self.scheduler.config, **options)
 
     def make_objective(self, unet: nn.Module, optimizer: torch.optim.Optimizer) -> Objective:
         """The chosen loss; the discriminator joins the optimizer."""
@@ -228,7 +238,8 @@ class Distiller(Trainer):
         function = ConsistencyFunction(self.scheduler, self.make_sampler())
         if args.objective == "consistency":
             self.batches = self.make_batches(level_probabilities(T, timesteps, 1 / args.num_levels))
-            return ConsistencyLoss(function, self.make_teacher(unet), timesteps, self.accelerator.autocast)
+            ddim = MNISTDDIMScheduler.from_config(self.scheduler.config, variance_type="fixed_small")
+            return ConsistencyLoss(function, self.make_teacher(unet), ddim, timesteps, self.accelerator.autocast)
         self.batches = self.make_batches(level_probabilities(T, timesteps, args.first_level_share))
         noised = max(1, round(args.discriminator_noise * T))
         p = torch.zeros(T, dtype=torch.float64)
