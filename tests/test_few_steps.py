@@ -5,6 +5,7 @@ import json
 import few_steps
 import pytest
 import readme_tables
+import timestep_grid
 import torch
 
 from mnist_ddpm import PRETRAINED_FEW_STEP, MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
@@ -98,3 +99,15 @@ def test_the_packaged_student_draws_digits_of_many_kinds(steps):
     scores = class_scores(classifier.logits(extract_features(classifier, images)))
     assert scores["confident_share"] > 0.6  # noise is all of one class
     assert sum(share > 0 for share in scores["class_shares"]) >= 7
+
+
+def test_the_search_for_timesteps_finds_the_best_ones():
+    best = [999, 640, 300, 100]
+
+    def error(timesteps):
+        assert timesteps[0] == 999
+        assert timesteps == sorted(timesteps, reverse=True)
+        return sum((a - b) ** 2 for a, b in zip(timesteps, best, strict=True))
+
+    found = timestep_grid.search(error, [999, 749, 499, 249])
+    assert all(abs(a - b) <= min(timestep_grid.MOVES) for a, b in zip(found, best, strict=True))

@@ -192,8 +192,7 @@ def finish_folder(
     folder: str | os.PathLike[str], push_to_hub: bool = False, repo_id: str | None = None, **options: Any
 ) -> None:
     """Add a card to a pipeline that was just saved, if it has none, and publish it if asked to."""
-    path = Path(folder, CARD_FILE)
-    if not path.exists():
+    if not Path(folder, CARD_FILE).exists():
         _write_card(folder, _plain_card(folder))
     if push_to_hub:
         publish(folder, repo_id or Path(folder).resolve().name, **options)
