@@ -37,12 +37,14 @@ class ConsistencyFunction:
 
     Args:
         scheduler: the noise schedule, and what the U-Net predicts.
-        sampler: whose `timestep_scaling` is taken, and `clip_sample`: whether x0_hat is clipped.
+        sampler: whose `timestep_scaling` is taken, and `clip_sample`: whether x0_hat is clipped. Gradients pass as if
+            it were not, so that a clipped pixel that should be gray is mended.
     """
 
     def __init__(self, scheduler: MNISTDDPMScheduler, sampler: LCMScheduler):
-        self.scheduler = MNISTDDPMScheduler.from_config(scheduler.config, clip_sample=sampler.config.clip_sample)
+        self.scheduler = MNISTDDPMScheduler.from_config(scheduler.config, clip_sample=False)
         self.scaling: float = sampler.config.timestep_scaling
+        self.limit: float = sampler.config.clip_sample_range if sampler.config.clip_sample else float("inf")
 
     def __call__(
         self, unet: Any, x_t: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None
@@ -50,6 +52,7 @@ class ConsistencyFunction:
         """Images `(B, C, H, W)` from noisy ones at timesteps `(B,)`."""
         output = unet(x_t, timesteps, class_labels, return_dict=False)[0].float()
         x0_hat = self.scheduler._predict_x0(output, x_t, self.scheduler._coefficients(timesteps, x_t))
+        x0_hat = x0_hat.detach().clamp(-self.limit, self.limit) + (x0_hat - x0_hat.detach())
         t = (self.scaling * timesteps.float())[:, None, None, None]
         c_skip = SIGMA_DATA**2 / (t**2 + SIGMA_DATA**2)
         c_out = t / (t**2 + SIGMA_DATA**2).sqrt()
@@ -221,7 +224,7 @@ class Distiller(Trainer):
         """The scheduler whose timesteps are those that the student is trained at.
 
         A student by consistency clips x0_hat: a black pixel may be predicted as blacker than black, where else half of
-        them would be a little too bright. An adversarial one doesn't: a clipped pixel has no gradient to mend it.
+        them would be a little too bright. A discriminator would push a clipped pixel out of its range for ever.
         """
         options = {
             "original_inference_steps": self.args.num_levels,
