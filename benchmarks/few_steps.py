@@ -7,6 +7,7 @@ With `--student`, a distilled pipeline joins the table; with few images, the tab
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from quality import Quality, earlier_figures, write_json
 
 from mnist_ddpm import PRETRAINED, MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler
 from mnist_ddpm.cli import provenance
-from mnist_ddpm.sampling import weights_digest
+from mnist_ddpm.sampling import few_timesteps, weights_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDENT = "distilled student"
@@ -30,41 +31,52 @@ STUDENT_STEPS = (1, 2, 4)
 
 
 class Row(NamedTuple):
-    """A sampler: its scheduler's class and options; evaluations a step, and the first timestep, where it's another."""
+    """A sampler: its scheduler's class and options; evaluations a step; the timesteps, by the number of steps."""
 
     scheduler_class: Any
     options: dict[str, Any]
     order: int = 1
-    first_timestep: int | None = None
+    timesteps: Callable[[int], list[int]] | None = None
 
     def num_inference_steps(self, evaluations: int) -> int:
         """The most steps for so many evaluations: a step of Heun's method takes 2, its last 1."""
         return (evaluations + self.order - 1) // self.order
 
     def call(self, evaluations: int) -> dict[str, Any]:
-        """What the pipeline is called with: a number of steps, or the timesteps from the first one on."""
+        """What the pipeline is called with: a number of steps, or the timesteps."""
         steps = self.num_inference_steps(evaluations)
-        if self.first_timestep is None:
-            return {"num_inference_steps": steps}
-        return {"timesteps": [(self.first_timestep + 1) * n // steps - 1 for n in range(steps, 0, -1)]}
+        return {"timesteps": self.timesteps(steps)} if self.timesteps else {"num_inference_steps": steps}
 
 
-# all keep the spacing "trailing" of the package's weights: the first timestep is T - 1, where the noise is pure
+def from_979(steps: int) -> list[int]:
+    """Equally spaced timesteps without the last 20, where sigma is above 30: Heun's slopes differ too much there."""
+    return [980 * n // steps - 1 for n in range(steps, 0, -1)]
+
+
+# unless they say otherwise, all keep the spacing "trailing" of the package's weights: the first timestep is T - 1
 ROWS = {
     "DDPM, posterior variance": Row(MNISTDDPMScheduler, {"variance_type": "fixed_small"}),
     "DDPM, variance beta_t": Row(MNISTDDPMScheduler, {"variance_type": "fixed_large"}),
     "DDIM": Row(MNISTDDIMScheduler, {"clip_sample": False}),
     "Euler": Row(EulerDiscreteScheduler, {}),
     "Heun, Karras sigmas": Row(HeunDiscreteScheduler, {"use_karras_sigmas": True}, order=2),
-    "Heun, from t = 979": Row(HeunDiscreteScheduler, {}, order=2, first_timestep=979),
+    "Heun, from t = 979": Row(HeunDiscreteScheduler, {}, order=2, timesteps=from_979),
     "DPM-Solver++ 2M": Row(DPMSolverMultistepScheduler, {"solver_order": 2}),
     "DPM-Solver++ 2M, Karras sigmas": Row(DPMSolverMultistepScheduler, {"solver_order": 2, "use_karras_sigmas": True}),
-    "DPM-Solver++ 2M, last step Euler": Row(DPMSolverMultistepScheduler, {"solver_order": 2, "euler_at_final": True}),
     "DPM-Solver++ 3M": Row(DPMSolverMultistepScheduler, {"solver_order": 3}),
     "SDE-DPM-Solver++ 2M": Row(DPMSolverMultistepScheduler, {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"}),
     "UniPC, order 2": Row(UniPCMultistepScheduler, {"solver_order": 2}),
     "UniPC, order 3": Row(UniPCMultistepScheduler, {"solver_order": 3}),
     "DEIS, order 3": Row(DEISMultistepScheduler, {"solver_order": 3}),
+    "DDPM, searched timesteps": Row(MNISTDDPMScheduler, {"variance_type": "fixed_small"}, timesteps=few_timesteps),
+    "DPM-Solver++ 2M, searched timesteps": Row(
+        DPMSolverMultistepScheduler, {"solver_order": 2}, timesteps=few_timesteps
+    ),
+    "SDE-DPM-Solver++ 2M, searched timesteps": Row(
+        DPMSolverMultistepScheduler,
+        {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"},
+        timesteps=few_timesteps,
+    ),
 }
 
 

@@ -21,6 +21,7 @@ SCHEDULERS = {
     "ddim": "MNISTDDIMScheduler",
     "deis": "DEISMultistepScheduler",
     "dpmsolver_multistep": "DPMSolverMultistepScheduler",
+    "dpmsolver_sde": "DPMSolverMultistepScheduler",
     "dpmsolver_singlestep": "DPMSolverSinglestepScheduler",
     "euler": "EulerDiscreteScheduler",
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
@@ -47,6 +48,17 @@ def auto_scheduler(num_inference_steps: int, prediction_type: str = "v_predictio
     if prediction_type == "epsilon":
         return "ddim"
     return next((name for most, name in AUTO.items() if num_inference_steps <= most), [*AUTO.values()][-1])
+
+
+TIMESTEPS = (999, 955, 943, 891, 823, 771, 647, 475, 231, 83)
+"""The timesteps of ten steps that `benchmarks/timestep_grid.py` found for the package's weights."""
+
+
+def few_timesteps(num_inference_steps: int) -> list[int]:
+    """`TIMESTEPS` for another number of steps: points of the same curve, at equal distances."""
+    at = np.linspace(0, len(TIMESTEPS), num_inference_steps, endpoint=False)
+    timesteps: list[int] = np.interp(at, range(len(TIMESTEPS) + 1), (*TIMESTEPS, -1)).round().astype(int).tolist()
+    return timesteps
 
 
 def default_steps(scheduler: Any) -> int:
@@ -80,6 +92,8 @@ def make_scheduler(name: str, config: Any) -> Any:
         # DDIM steps by x0_hat and by the eps_hat of the same v. Clipping x0_hat alone makes black pixels a little
         # brighter at each step: most end at gray levels 1 to 8. The pipeline clamps the final image anyway.
         options["clip_sample"] = False
+    if name == "dpmsolver_sde":
+        options["algorithm_type"] = "sde-dpmsolver++"
     if name == "heun":
         # By default sigma falls from 20,000 to 6 in the first of 10 steps: digits come out speckled.
         options["use_karras_sigmas"] = True
