@@ -78,7 +78,7 @@ def score_samples(args: argparse.Namespace, device: str) -> dict[str, Any]:
 
     from mnist_ddpm import metrics
     from mnist_ddpm.images import read_samples
-    from mnist_ddpm.sampling import guidance_options, load_pipeline, sample_tensor
+    from mnist_ddpm.sampling import guidance_options, load_pipeline, sample_tensor, step_options
     from mnist_ddpm.two_sample import two_sample_scores
 
     start = time.perf_counter()
@@ -92,7 +92,8 @@ def score_samples(args: argparse.Namespace, device: str) -> dict[str, Any]:
     train, test = real_images(args, "train"), real_images(args, "test")
     if args.model is not None:
         guidance = guidance_options(pipe, args.guidance_scale, args.guidance_interval)
-        options = {"batch_size": args.batch_size, "num_inference_steps": args.num_inference_steps, **guidance}
+        options = {"batch_size": args.batch_size, **guidance}
+        options |= step_options(pipe, args.num_inference_steps, args.scheduler)
         with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
             samples = sample_tensor(pipe, args.num_images or 10_000, args.seed, **options)
     drawn = time.perf_counter()

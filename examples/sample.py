@@ -23,9 +23,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--scheduler",
         default="auto",
-        help="ddpm, ddim, deis, dpmsolver_multistep, dpmsolver_singlestep, euler, euler_ancestral, heun, kdpm2, lms, "
-        "pndm, sasolver, unipc, or auto: what is best at this number of steps. For --eta and --trajectory that is "
-        "ddim, for --noise_scale ddpm; a pipeline for few steps keeps its own scheduler.",
+        help="ddpm, ddim, deis, dpmsolver_multistep, dpmsolver_sde, dpmsolver_singlestep, euler, euler_ancestral, "
+        "heun, kdpm2, lms, pndm, sasolver, unipc, or auto: what is best at this number of steps, in few with timesteps "
+        "of its own. For --eta and --trajectory that is ddim, for --noise_scale ddpm; a pipeline for few steps keeps "
+        "its own scheduler.",
     )
     parser.add_argument(
         "--class_labels",
@@ -82,6 +83,8 @@ def write_images(pipe: Any, args: argparse.Namespace, options: dict[str, Any]) -
     from mnist_ddpm.sampling import sample, weights_digest
 
     settings = {"model": args.model, "scheduler": type(pipe.scheduler).__name__, "seed": args.seed, **options}
+    if "algorithm_type" in pipe.scheduler.config:  # DPM-Solver's: with noise or without
+        settings["algorithm_type"] = pipe.scheduler.config.algorithm_type
     settings["weights"] = weights_digest(pipe.unet)
     if pipe.guide is not None:
         settings["guide"] = weights_digest(pipe.guide)
@@ -116,6 +119,7 @@ def main(args: argparse.Namespace) -> None:
         make_scheduler,
         sample,
         sample_trajectory,
+        step_options,
     )
 
     for path in (args.trajectory, args.output_dir / "settings.json" if args.output_dir else args.output):
@@ -127,7 +131,7 @@ def main(args: argparse.Namespace) -> None:
     if forced and args.scheduler == "auto" and not is_few_step(pipe.scheduler):
         pipe.scheduler = make_scheduler(forced, pipe.scheduler.config)
     options = {name: getattr(args, name) for name in ("eta", "noise_scale")}
-    options["num_inference_steps"] = args.num_inference_steps or default_steps(pipe.scheduler)
+    options |= step_options(pipe, args.num_inference_steps or default_steps(pipe.scheduler), args.scheduler)
     options |= guidance_options(pipe, args.guidance_scale, args.guidance_interval)
     if args.class_labels:
         options["class_labels"] = args.class_labels

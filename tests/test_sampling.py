@@ -15,9 +15,12 @@ from tqdm import TqdmWarning
 from mnist_ddpm import PRETRAINED, MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
 from mnist_ddpm.sampling import (
     AUTO,
+    MOST_SEARCHED,
     SCHEDULERS,
+    TIMESTEPS,
     auto_scheduler,
     default_steps,
+    few_timesteps,
     image_generators,
     is_few_step,
     load_pipeline,
@@ -25,6 +28,7 @@ from mnist_ddpm.sampling import (
     sample,
     sample_tensor,
     sample_trajectory,
+    step_options,
     weights_digest,
 )
 
@@ -101,6 +105,28 @@ def test_auto_goes_by_the_number_of_steps(model):
     for steps, name in AUTO.items():
         assert type(load_pipeline(model, "auto", "cpu", steps).scheduler).__name__ == SCHEDULERS[name]
     assert type(load_pipeline(model, "auto", "cpu").scheduler).__name__ == SCHEDULERS[auto_scheduler(50)]
+
+
+def test_few_timesteps_lie_on_one_curve():
+    assert few_timesteps(len(TIMESTEPS)) == list(TIMESTEPS)
+    for steps in range(1, MOST_SEARCHED + 1):
+        timesteps = few_timesteps(steps)
+        assert len(timesteps) == steps
+        assert timesteps[0] == 999
+        assert timesteps == sorted(set(timesteps), reverse=True)
+    assert few_timesteps(5) == list(TIMESTEPS[::2])
+
+
+def test_searched_timesteps_are_for_auto_in_few_steps_on_the_schedule_that_they_were_found_for():
+    fitting = small_pipeline(prediction_type="v_prediction", beta_schedule="cosine")
+    assert step_options(fitting, 5, "auto") == {"timesteps": few_timesteps(5)}
+    assert step_options(fitting, MOST_SEARCHED + 1, "auto") == {"num_inference_steps": MOST_SEARCHED + 1}
+    assert step_options(fitting, 5, "ddim") == {"num_inference_steps": 5}
+    for other in ({"prediction_type": "epsilon"}, {"beta_schedule": "linear"}, {"num_train_timesteps": 100}):
+        pipe = small_pipeline(**{"prediction_type": "v_prediction", "beta_schedule": "cosine"} | other)
+        assert step_options(pipe, 5, "auto") == {"num_inference_steps": 5}
+    fitting.scheduler = LCMScheduler.from_config(fitting.scheduler.config)
+    assert step_options(fitting, 5, "auto") == {"num_inference_steps": 5}
 
 
 def test_auto_clips_where_noise_is_predicted(tmp_path):

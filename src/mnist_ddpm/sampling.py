@@ -34,7 +34,7 @@ SCHEDULERS = {
 }
 """Short names of the schedulers that sample a pipeline, and their classes in this package or in diffusers."""
 
-AUTO = {20: "unipc", 1000: "ddpm"}
+AUTO = {5: "dpmsolver_multistep", 30: "dpmsolver_sde", 1000: "ddpm"}
 """Up to how many steps `"auto"` takes which scheduler: the one of the lowest FID for the package's weights in
 `benchmarks/results/few_steps.json`."""
 
@@ -52,6 +52,8 @@ def auto_scheduler(num_inference_steps: int, prediction_type: str = "v_predictio
 
 TIMESTEPS = (999, 955, 943, 891, 823, 771, 647, 475, 231, 83)
 """The timesteps of ten steps that `benchmarks/timestep_grid.py` found for the package's weights."""
+MOST_SEARCHED = 15
+"""Up to how many steps they are better than equally spaced ones, by `benchmarks/results/few_steps.json`."""
 
 
 def few_timesteps(num_inference_steps: int) -> list[int]:
@@ -59,6 +61,19 @@ def few_timesteps(num_inference_steps: int) -> list[int]:
     at = np.linspace(0, len(TIMESTEPS), num_inference_steps, endpoint=False)
     timesteps: list[int] = np.interp(at, range(len(TIMESTEPS) + 1), (*TIMESTEPS, -1)).round().astype(int).tolist()
     return timesteps
+
+
+def step_options(pipe: MNISTDDPMPipeline, num_inference_steps: int, scheduler: str) -> dict[str, Any]:
+    """The options of a call in so many steps, with the scheduler of `load_pipeline`.
+
+    With `"auto"` in few steps they are `few_timesteps`, if the model predicts v on the noise schedule of the package.
+    """
+    config = pipe.scheduler.config
+    schedule = [config.get(name) for name in ("prediction_type", "beta_schedule", "num_train_timesteps")]
+    fits = schedule == ["v_prediction", "squaredcos_cap_v2", 1000] and not is_few_step(pipe.scheduler)
+    if scheduler == "auto" and fits and num_inference_steps <= MOST_SEARCHED:
+        return {"timesteps": few_timesteps(num_inference_steps)}
+    return {"num_inference_steps": num_inference_steps}
 
 
 def default_steps(scheduler: Any) -> int:
