@@ -147,6 +147,17 @@ def few_steps(results: dict[str, Result]) -> str:
     )
 
 
+def timestep_grid(results: dict[str, Result]) -> str:
+    """Timesteps by `benchmarks/timestep_grid.py`, and how far from the end of the path they lead."""
+    (result,) = results.values()
+    rows = [
+        [n, ", ".join(map(str, grid["timesteps"])), f"{grid['error']:.3f}", f"{grid['error_of_trailing']:.3f}"]
+        for n, grid in result["grids"].items()
+    ]
+    columns = ["steps", "found", "RMS error of pixels", "equally spaced"]
+    return f"{table(columns, rows)}\n\n{origins(results)}"
+
+
 def few_steps_best(results: dict[str, Result]) -> str:
     """What wins at each number of evaluations by `benchmarks/few_steps.py`, a line each."""
     (result,) = results.values()
@@ -360,6 +371,7 @@ SECTIONS = {
     "sampling_noise": ("noise_table", noise_table),
     "few_steps": ("few_steps", few_steps),
     "few_steps_best": ("few_steps", few_steps_best),
+    "timestep_grid": ("grids", timestep_grid),
     "guidance": ("guidance", guidance),
     "guides": ("guides", guidance),
 }

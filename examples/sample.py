@@ -24,7 +24,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--scheduler",
         default="auto",
         help="ddpm, ddim, deis, dpmsolver_multistep, dpmsolver_sde, dpmsolver_singlestep, euler, euler_ancestral, "
-        "heun, kdpm2, lms, pndm, sasolver, unipc, or auto: what is best at this number of steps, in few with timesteps "
+        "heun, kdpm2, lms, pndm, sasolver, unipc, or auto: what is best at this number of steps, in few at timesteps "
         "of its own. For --eta and --trajectory that is ddim, for --noise_scale ddpm; a pipeline for few steps keeps "
         "its own scheduler.",
     )
