@@ -124,26 +124,38 @@ def noise_table(results: dict[str, Result]) -> str:
     )
 
 
+def winners(of_samplers: dict[str, Result]) -> dict[str, str]:
+    """The sampler with the lowest FID at each number of evaluations, in ascending order."""
+    evaluations = sorted({n for cells in of_samplers.values() for n in cells}, key=int)
+    return {
+        n: min((name for name in of_samplers if n in of_samplers[name]), key=lambda name: of_samplers[name][n]["fid"])
+        for n in evaluations
+    }
+
+
 def few_steps(results: dict[str, Result]) -> str:
     """FID by `benchmarks/few_steps.py`: a row for a sampler, a column for a number of evaluations of the network."""
     (result,) = results.values()
-    of_samplers = result["few_steps"]
-    evaluations = sorted({int(n) for cells in of_samplers.values() for n in cells})
-    columns = [str(n) for n in evaluations]
-    best = {n: min(cells[n]["fid"] for cells in of_samplers.values() if n in cells) for n in columns}
-
-    def cell(cells: Result, n: str) -> str:
-        if n not in cells:
-            return ""
-        bold = "**" if cells[n]["fid"] == best[n] else ""
-        return f"{bold}{cells[n]['fid']:.2f}{bold}"
-
-    rows = [[name, *(cell(cells, n) for n in columns)] for name, cells in of_samplers.items()]
+    best = winners(result["few_steps"])
+    rows = []
+    for name, cells in result["few_steps"].items():
+        fids = {n: f"{cell['fid']:.2f}" for n, cell in cells.items()}
+        rows.append([name, *(f"**{fids[n]}**" if name == best[n] else fids.get(n, "") for n in best)])
     return (
         f"FID of {result['settings']['num_images']:,} samples of the package's weights, by the evaluations of the "
         f"network that a sample takes\n(real-data baseline: {result['floor']['fid']:.2f}). Bold: the lowest of a "
-        f"column.\n\n{table(['', *columns], rows)}\n\n"
+        f"column.\n\n{table(['', *best], rows)}\n\n"
         f"![FID over evaluations, a line for each sampler](few_steps.png)\n\n{origins(results)}"
+    )
+
+
+def few_steps_best(results: dict[str, Result]) -> str:
+    """What wins at each number of evaluations by `benchmarks/few_steps.py`, a line each."""
+    (result,) = results.values()
+    best = {n: (name, result["few_steps"][name][n]) for n, name in winners(result["few_steps"]).items()}
+    return "\n".join(
+        f"- {n}: {name} (FID {cell['fid']:.2f}, {cell['samples_per_second']:.1f} samples per second)"
+        for n, (name, cell) in best.items()
     )
 
 
@@ -156,20 +168,6 @@ def timestep_grid(results: dict[str, Result]) -> str:
     ]
     columns = ["steps", "found", "RMS error of pixels", "equally spaced"]
     return f"{table(columns, rows)}\n\n{origins(results)}"
-
-
-def few_steps_best(results: dict[str, Result]) -> str:
-    """What wins at each number of evaluations by `benchmarks/few_steps.py`, a line each."""
-    (result,) = results.values()
-    of_samplers = result["few_steps"]
-    lines = []
-    for n in sorted({n for cells in of_samplers.values() for n in cells}, key=int):
-        cell, name = min(
-            ((cells[n], name) for name, cells in of_samplers.items() if n in cells),
-            key=lambda scored: scored[0]["fid"],
-        )
-        lines.append(f"- {n}: {name} (FID {cell['fid']:.2f}, {cell['samples_per_second']:.1f} samples per second)")
-    return "\n".join(lines)
 
 
 def guidance(results: dict[str, Result]) -> str:
