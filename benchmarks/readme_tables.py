@@ -64,8 +64,8 @@ def schedulers(results: dict[str, Result]) -> str:
     """One model through all schedulers, by `benchmarks/every_scheduler.py`."""
     (result,) = results.values()
     rows = [
-        [f"`{score['class']}`", f"{score['confident_share']:.1%}", f"{score['confidence']:.3f}"]
-        for score in result["schedulers"].values()
+        [f"`{name}`", f"{score['confident_share']:.1%}", f"{score['confidence']:.3f}"]
+        for name, score in result["schedulers"].items()
     ]
     return (
         f"{result['num_inference_steps']} steps, {result['num_images']} images each:\n\n"
@@ -160,13 +160,13 @@ def few_steps_best(results: dict[str, Result]) -> str:
 
 
 def timestep_grid(results: dict[str, Result]) -> str:
-    """Timesteps by `benchmarks/timestep_grid.py`, and how far from the end of the path they lead."""
+    """Timesteps by `benchmarks/timestep_grid.py`, and how far from the reference they end, on the search's images."""
     (result,) = results.values()
     rows = [
         [n, ", ".join(map(str, grid["timesteps"])), f"{grid['error']:.3f}", f"{grid['error_of_trailing']:.3f}"]
         for n, grid in result["grids"].items()
     ]
-    columns = ["steps", "found", "RMS error of pixels", "equally spaced"]
+    columns = ["steps", "found", "RMS error of pixels", "of equally spaced ones"]
     return f"{table(columns, rows)}\n\n{origins(results)}"
 
 

@@ -37,9 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     sampling = parser.add_argument_group("sampling, with --model")
     sampling.add_argument("--num_inference_steps", type=int, default=50)
-    sampling.add_argument(
-        "--scheduler", default="ddim", help="a name that sample.py takes; auto for a few-step pipeline"
-    )
+    sampling.add_argument("--scheduler", default="ddim", help="a name that sample.py takes, or auto, as there")
     sampling.add_argument(
         "--guidance_scale", type=float, help="scale of guidance by the pipeline's guide; 1: none; by default 2"
     )
@@ -82,7 +80,7 @@ def score_samples(args: argparse.Namespace, device: str) -> dict[str, Any]:
     from mnist_ddpm.two_sample import two_sample_scores
 
     start = time.perf_counter()
-    guidance: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if args.samples is not None:
         samples = read_samples(args.samples, args.num_images)
     else:
@@ -91,11 +89,10 @@ def score_samples(args: argparse.Namespace, device: str) -> dict[str, Any]:
     inception = metrics.InceptionFeatures().to(device) if args.inception else None
     train, test = real_images(args, "train"), real_images(args, "test")
     if args.model is not None:
-        guidance = guidance_options(pipe, args.guidance_scale, args.guidance_interval)
-        options = {"batch_size": args.batch_size, **guidance}
-        options |= step_options(pipe, args.num_inference_steps, args.scheduler)
+        options = step_options(pipe, args.num_inference_steps, args.scheduler)
+        options |= guidance_options(pipe, args.guidance_scale, args.guidance_interval)
         with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
-            samples = sample_tensor(pipe, args.num_images or 10_000, args.seed, **options)
+            samples = sample_tensor(pipe, args.num_images or 10_000, args.seed, args.batch_size, **options)
     drawn = time.perf_counter()
 
     test = metrics.random_subset(test, len(samples), args.seed)  # FID and its company depend on the number of images
@@ -109,7 +106,7 @@ def score_samples(args: argparse.Namespace, device: str) -> dict[str, Any]:
     return {
         "scores": scores,
         "floor": baseline,
-        "source": {name: getattr(args, name) for name in source} | guidance,
+        "source": {name: getattr(args, name) for name in source} | options,
         "num_images": {"samples": len(samples), "floor": len(test), "reference": len(train)},
         "seconds": {"samples": drawn - start, "scores": time.perf_counter() - drawn},
     }

@@ -410,11 +410,13 @@ def test_the_guide_leads_the_teacher_unless_the_scale_is_1(run, tmp_path):
 def test_a_student_may_be_distilled_again(run, tmp_path):
     student = run(tmp_path / "student")
     again = run(tmp_path / "again", init_from=student, objective="adversarial", num_levels=4)
-    assert MNISTDDPMPipeline.from_pretrained(again).scheduler.config.original_inference_steps == 4
+    config = MNISTDDPMPipeline.from_pretrained(again).scheduler.config
+    assert (config.original_inference_steps, config.clip_sample) == (4, False)
 
 
 def test_the_teachers_process_is_kept(run, workplace, tmp_path):
-    scheduler = MNISTDDPMScheduler(num_train_timesteps=100, beta_schedule="linear", prediction_type="epsilon")
+    options = {"num_train_timesteps": 100, "beta_schedule": "linear", "prediction_type": "epsilon"}
+    scheduler = MNISTDDPMScheduler(**options, clip_sample=False)
     MNISTDDPMPipeline(unet=unet_of(), scheduler=scheduler).save_pretrained(tmp_path / "teacher")
     student = run(tmp_path / "student", init_from=tmp_path / "teacher", objective="consistency")
     config = MNISTDDPMPipeline.from_pretrained(student).scheduler.config

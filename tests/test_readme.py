@@ -52,7 +52,7 @@ def script_calls() -> list[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize(
-    "document", [README, *(ROOT / "docs" / f"{name}.md" for name in ("sampling", "hub"))], ids=name_of
+    "document", [README, *(ROOT / "docs" / f"{name}.md" for name in ("sampling", "few_steps", "hub"))], ids=name_of
 )
 def test_code_runs(document, hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", WRITER)

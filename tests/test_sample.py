@@ -16,7 +16,7 @@ from PIL import Image
 
 import mnist_ddpm
 from mnist_ddpm import MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
-from mnist_ddpm.sampling import SCHEDULERS, auto_scheduler
+from mnist_ddpm.sampling import SCHEDULERS, auto_scheduler, few_timesteps
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,19 @@ def test_the_scheduler_is_chosen_by_the_number_of_steps_unless_it_is_named(tmp_p
     run(model, "--output_dir", tmp_path, "--num_images", 1, *flags)
     settings = json.loads((tmp_path / "settings.json").read_text(encoding="utf-8"))
     assert settings["scheduler"] == SCHEDULERS[scheduler]
+
+
+def test_few_steps_are_at_the_searched_timesteps_unless_a_scheduler_is_needed(tmp_path, model):
+    pipe = MNISTDDPMPipeline.from_pretrained(model)
+    pipe.scheduler = MNISTDDPMScheduler(prediction_type="v_prediction", beta_schedule="cosine")
+    pipe.save_pretrained(tmp_path / "model")
+    for name, flags in {"plain": (), "eta": ("--eta", 0)}.items():
+        for _ in range(2):  # the second resumes
+            run(str(tmp_path / "model"), "--output_dir", tmp_path / name, "--num_images", 1, *flags)
+    files = (tmp_path / name / "settings.json" for name in ("plain", "eta"))
+    plain, eta = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    assert plain["timesteps"] == few_timesteps(3)
+    assert (eta["scheduler"], eta["num_inference_steps"], "timesteps" in eta) == ("MNISTDDIMScheduler", 3, False)
 
 
 def test_a_pipeline_for_few_steps_keeps_its_scheduler_and_its_number_of_steps(tmp_path, model):

@@ -1,9 +1,11 @@
 """Sampling from a saved pipeline: schedulers, seeds, progress, and the errors of what can't be loaded."""
 
 import copy
+import json
 import logging
 import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +17,9 @@ from tqdm import TqdmWarning
 from mnist_ddpm import PRETRAINED, MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
 from mnist_ddpm.sampling import (
     AUTO,
-    MOST_SEARCHED,
+    MAX_SEARCHED_STEPS,
     SCHEDULERS,
-    TIMESTEPS,
+    SEARCHED_TIMESTEPS,
     auto_scheduler,
     default_steps,
     few_timesteps,
@@ -90,6 +92,15 @@ def test_ddim_does_not_clip_what_v_prediction_predicts(prediction_type, clips):
     assert make_scheduler("ddpm", config).config.clip_sample
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_does_not_keep_the_kind_of_solver_of_the_one_before(name):
+    config = MNISTDDPMScheduler().config
+    of_solver = make_scheduler("sde_dpmsolver_multistep", config).config
+    assert make_scheduler(name, of_solver).config.get("algorithm_type") == make_scheduler(name, config).config.get(
+        "algorithm_type"
+    )
+
+
 def test_heun_takes_small_steps_at_high_noise():
     scheduler = make_scheduler("heun", MNISTDDPMScheduler(beta_schedule="squaredcos_cap_v2").config)
     scheduler.set_timesteps(10)
@@ -103,26 +114,31 @@ def test_auto_goes_by_the_number_of_steps(model):
     assert [auto_scheduler(most) for most in AUTO] == names
     assert [auto_scheduler(1), auto_scheduler(10**6)] == [names[0], names[-1]]
     for steps, name in AUTO.items():
-        assert type(load_pipeline(model, "auto", "cpu", steps).scheduler).__name__ == SCHEDULERS[name]
+        scheduler = load_pipeline(model, "auto", "cpu", steps).scheduler
+        assert type(scheduler).__name__ == SCHEDULERS[name]
+        sde = scheduler.config.get("algorithm_type") == "sde-dpmsolver++"
+        assert sde == (name == "sde_dpmsolver_multistep")
     assert type(load_pipeline(model, "auto", "cpu").scheduler).__name__ == SCHEDULERS[auto_scheduler(50)]
 
 
 def test_few_timesteps_lie_on_one_curve():
-    assert few_timesteps(len(TIMESTEPS)) == list(TIMESTEPS)
-    for steps in range(1, MOST_SEARCHED + 1):
+    assert few_timesteps(len(SEARCHED_TIMESTEPS)) == list(SEARCHED_TIMESTEPS)
+    searched = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "timestep_grid.json"
+    assert json.loads(searched.read_text(encoding="utf-8"))["grids"]["10"]["timesteps"] == list(SEARCHED_TIMESTEPS)
+    for steps in range(1, MAX_SEARCHED_STEPS + 1):
         timesteps = few_timesteps(steps)
         assert len(timesteps) == steps
         assert timesteps[0] == 999
         assert timesteps == sorted(set(timesteps), reverse=True)
-    assert few_timesteps(5) == list(TIMESTEPS[::2])
+    assert few_timesteps(5) == list(SEARCHED_TIMESTEPS[::2])
 
 
 def test_searched_timesteps_are_for_auto_in_few_steps_on_the_schedule_that_they_were_found_for():
     fitting = small_pipeline(prediction_type="v_prediction", beta_schedule="cosine")
     assert step_options(fitting, 5, "auto") == {"timesteps": few_timesteps(5)}
-    assert step_options(fitting, MOST_SEARCHED + 1, "auto") == {"num_inference_steps": MOST_SEARCHED + 1}
+    assert step_options(fitting, MAX_SEARCHED_STEPS + 1, "auto") == {"num_inference_steps": MAX_SEARCHED_STEPS + 1}
     assert step_options(fitting, 5, "ddim") == {"num_inference_steps": 5}
-    for other in ({"prediction_type": "epsilon"}, {"beta_schedule": "linear"}, {"num_train_timesteps": 100}):
+    for other in ({"prediction_type": "epsilon"}, {"beta_schedule": "linear"}, {"trained_betas": [0.01] * 1000}):
         pipe = small_pipeline(**{"prediction_type": "v_prediction", "beta_schedule": "cosine"} | other)
         assert step_options(pipe, 5, "auto") == {"num_inference_steps": 5}
     fitting.scheduler = LCMScheduler.from_config(fitting.scheduler.config)

@@ -21,7 +21,6 @@ SCHEDULERS = {
     "ddim": "MNISTDDIMScheduler",
     "deis": "DEISMultistepScheduler",
     "dpmsolver_multistep": "DPMSolverMultistepScheduler",
-    "dpmsolver_sde": "DPMSolverMultistepScheduler",
     "dpmsolver_singlestep": "DPMSolverSinglestepScheduler",
     "euler": "EulerDiscreteScheduler",
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
@@ -30,13 +29,14 @@ SCHEDULERS = {
     "lms": "LMSDiscreteScheduler",
     "pndm": "PNDMScheduler",
     "sasolver": "SASolverScheduler",
+    "sde_dpmsolver_multistep": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
 """Short names of the schedulers that sample a pipeline, and their classes in this package or in diffusers."""
 
-AUTO = {5: "dpmsolver_multistep", 30: "dpmsolver_sde", 1000: "ddpm"}
-"""Up to how many steps `"auto"` takes which scheduler: the one of the lowest FID for the package's weights in
-`benchmarks/results/few_steps.json`."""
+AUTO = {5: "dpmsolver_multistep", 30: "sde_dpmsolver_multistep", 1000: "ddpm"}
+"""Up to how many steps `"auto"` takes which scheduler: the one of the lowest FID for the package's weights, without
+guidance, in `benchmarks/results/few_steps.json`."""
 
 
 def auto_scheduler(num_inference_steps: int, prediction_type: str = "v_prediction") -> str:
@@ -50,28 +50,33 @@ def auto_scheduler(num_inference_steps: int, prediction_type: str = "v_predictio
     return next((name for most, name in AUTO.items() if num_inference_steps <= most), [*AUTO.values()][-1])
 
 
-TIMESTEPS = (999, 955, 943, 891, 823, 771, 647, 475, 231, 83)
+SEARCHED_TIMESTEPS = (999, 955, 943, 891, 823, 771, 647, 475, 231, 83)
 """The timesteps of ten steps that `benchmarks/timestep_grid.py` found for the package's weights."""
-MOST_SEARCHED = 15
+MAX_SEARCHED_STEPS = 15
 """Up to how many steps they are better than equally spaced ones, by `benchmarks/results/few_steps.json`."""
 
 
 def few_timesteps(num_inference_steps: int) -> list[int]:
-    """`TIMESTEPS` for another number of steps: points of the same curve, at equal distances."""
-    at = np.linspace(0, len(TIMESTEPS), num_inference_steps, endpoint=False)
-    timesteps: list[int] = np.interp(at, range(len(TIMESTEPS) + 1), (*TIMESTEPS, -1)).round().astype(int).tolist()
+    """`SEARCHED_TIMESTEPS` for another number of steps: points of the same curve, at equal distances.
+
+    They are for 1,000 training timesteps on cosine betas. Up to 100 of them are distinct.
+    """
+    curve = (*SEARCHED_TIMESTEPS, -1)
+    at = np.linspace(0, len(curve) - 1, num_inference_steps, endpoint=False)
+    timesteps: list[int] = np.interp(at, range(len(curve)), curve).round().astype(int).tolist()
     return timesteps
 
 
 def step_options(pipe: MNISTDDPMPipeline, num_inference_steps: int, scheduler: str) -> dict[str, Any]:
-    """The options of a call in so many steps, with the scheduler of `load_pipeline`.
+    """The options of a call in so many steps, with a pipeline that was loaded with this scheduler.
 
     With `"auto"` in few steps they are `few_timesteps`, if the model predicts v on the noise schedule of the package.
     """
-    config = pipe.scheduler.config
-    schedule = [config.get(name) for name in ("prediction_type", "beta_schedule", "num_train_timesteps")]
-    fits = schedule == ["v_prediction", "squaredcos_cap_v2", 1000] and not is_few_step(pipe.scheduler)
-    if scheduler == "auto" and fits and num_inference_steps <= MOST_SEARCHED:
+    schedule = {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}
+    schedule |= {"trained_betas": None, "rescale_betas_zero_snr": False}
+    fits = all(pipe.scheduler.config.get(name, value) == value for name, value in schedule.items())
+    fits = fits and not is_few_step(pipe.scheduler)
+    if scheduler == "auto" and fits and num_inference_steps <= MAX_SEARCHED_STEPS:
         return {"timesteps": few_timesteps(num_inference_steps)}
     return {"num_inference_steps": num_inference_steps}
 
@@ -103,11 +108,12 @@ def make_scheduler(name: str, config: Any) -> Any:
     if name not in SCHEDULERS:
         raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {name!r}.")
     options: dict[str, Any] = {}
+    config = {key: value for key, value in config.items() if key != "algorithm_type"}  # means something else in each
     if name == "ddim" and config["prediction_type"] == "v_prediction":
         # DDIM steps by x0_hat and by the eps_hat of the same v. Clipping x0_hat alone makes black pixels a little
         # brighter at each step: most end at gray levels 1 to 8. The pipeline clamps the final image anyway.
         options["clip_sample"] = False
-    if name == "dpmsolver_sde":
+    if name == "sde_dpmsolver_multistep":
         options["algorithm_type"] = "sde-dpmsolver++"
     if name == "heun":
         # By default sigma falls from 20,000 to 6 in the first of 10 steps: digits come out speckled.

@@ -38,7 +38,7 @@ class ConsistencyFunction:
     Args:
         scheduler: the noise schedule, and what the U-Net predicts.
         sampler: whose `timestep_scaling` is taken, and `clip_sample`: whether x0_hat is clipped. Gradients pass as if
-            it were not, so that a clipped pixel that should be gray is mended.
+            it were not, so that a clipped pixel that should be gray gets one.
     """
 
     def __init__(self, scheduler: MNISTDDPMScheduler, sampler: LCMScheduler):
@@ -91,7 +91,7 @@ class ConsistencyLoss:
     Args:
         function: f.
         teacher: the U-Net to distill.
-        ddim: its scheduler.
+        ddim: its scheduler, whose timesteps are set here.
         timesteps: those that t is from, in ascending order; prev is the one before. Before the first comes the clean
             image, where f is the identity.
         autocast: the context that the teacher runs in.
@@ -223,8 +223,8 @@ class Distiller(Trainer):
     def make_sampler(self) -> Any:
         """The scheduler whose timesteps are those that the student is trained at.
 
-        A student by consistency clips x0_hat: a black pixel may be predicted as blacker than black, where else half of
-        them would be a little too bright. A discriminator would push a clipped pixel out of its range for ever.
+        A student by consistency clips x0_hat: a black pixel may be predicted as blacker than black. Without clipping,
+        half of them would be a little too bright. A discriminator would push a clipped pixel out of range for ever.
         """
         options = {
             "original_inference_steps": self.args.num_levels,
