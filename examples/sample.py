@@ -24,7 +24,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--scheduler",
         default="auto",
         help="ddpm, ddim, deis, dpmsolver_multistep, dpmsolver_singlestep, euler, euler_ancestral, heun, kdpm2, lms, "
-        "pndm, sasolver, sde_dpmsolver_multistep, unipc, or auto: what is best at this number of steps, up to 15 at "
+        "pndm, sasolver, sde_dpmsolver_multistep, unipc, or auto: what is best at this number of steps, up to 30 at "
         "searched timesteps, which the others don't take. For --eta and --trajectory that is ddim, for --noise_scale "
         "ddpm; a pipeline for few steps keeps its own scheduler.",
     )

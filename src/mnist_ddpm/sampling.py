@@ -52,7 +52,7 @@ def auto_scheduler(num_inference_steps: int, prediction_type: str = "v_predictio
 
 SEARCHED_TIMESTEPS = (999, 955, 943, 891, 823, 771, 647, 475, 231, 83)
 """The timesteps of ten steps that `benchmarks/timestep_grid.py` found for the package's weights."""
-MAX_SEARCHED_STEPS = 15
+MAX_SEARCHED_STEPS = 30
 """Up to how many steps they are better than equally spaced ones, by `benchmarks/results/few_steps.json`."""
 
 
