@@ -53,13 +53,14 @@ def auto_scheduler(num_inference_steps: int, prediction_type: str = "v_predictio
 SEARCHED_TIMESTEPS = (999, 955, 943, 891, 823, 771, 647, 475, 231, 83)
 """The timesteps of ten steps that `benchmarks/timestep_grid.py` found for the package's weights."""
 MAX_SEARCHED_STEPS = 30
-"""Up to how many steps they are better than equally spaced ones, by `benchmarks/results/few_steps.json`."""
+"""Up to how many steps `"auto"` takes them: better than equally spaced ones up to 20, where the measurement
+`benchmarks/results/few_steps.json` has its last column before 50."""
 
 
 def few_timesteps(num_inference_steps: int) -> list[int]:
     """`SEARCHED_TIMESTEPS` for another number of steps: points of the same curve, at equal distances.
 
-    They are for 1,000 training timesteps on cosine betas. Up to 100 of them are distinct.
+    They are for 1,000 training timesteps on cosine betas, in descending order from 999, and distinct up to 100 steps.
     """
     curve = (*SEARCHED_TIMESTEPS, -1)
     at = np.linspace(0, len(curve) - 1, num_inference_steps, endpoint=False)
