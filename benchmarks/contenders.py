@@ -107,7 +107,7 @@ class Course:
         p = logit_normal_probabilities(len(self.scheduler), uniform_share=0.3)
         self.cdf = p.cumsum(0).float().to(device) if tuned else None
         self.generator = torch.Generator(device).manual_seed(seed)
-        warmup = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / 500))
+        warmup = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / 100))
         self.lr_scheduler = warmup if tuned else None
         self.ema = EMAModel(self.unet.parameters(), use_ema_warmup=True, power=0.75) if tuned else None
         self.sampled_unet = UNet2DModel(**PEER_UNET).to(device).eval()

@@ -3,12 +3,13 @@
 The contenders:
 
 - `ours`: our `Trainer` at its defaults, but for a constant learning rate, so that it may be stopped at any moment;
+- `ours_decayed`: our `Trainer` at its defaults, whose learning rate falls to 0 over a run of `--decayed_steps`;
 - `stock`: the Hugging Face diffusion course's U-Net for MNIST in a plain loop: DDPMScheduler, AdamW, float32;
 - `tuned`: the same, as well tuned as ours: compiled, channels_last, bfloat16, Muon, our timesteps, EMA;
 - `our_recipe`: our `Trainer` with the course's U-Net, to tell what the recipe brings from what the network brings.
 
-Only training counts as time, not the scoring. Afterwards each samples in more and more steps, each time by the sampler
-that is best at that number of steps. A figure shows both.
+Only training counts as time, not the scoring. The samples along the way are by DDPM. Afterwards each
+samples in more and more steps, each time by the sampler that is best at that number of steps. A figure shows both.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from mnist_ddpm.data import load_mnist
 ROOT = Path(__file__).resolve().parent.parent
 ANYTIME = {"lr_scheduler": "constant_with_warmup", "max_train_steps": 10_000_000}
 SAMPLERS = ("ddpm", "ddim", "dpmsolver_multistep")
-NAMES = ("ours", "stock", "tuned", "our_recipe")
+NAMES = ("ours", "ours_decayed", "stock", "tuned", "our_recipe")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,12 +41,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contenders", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--minutes", nargs="+", type=float, default=[20.0], help="of training, for all or for each")
+    parser.add_argument(
+        "--decayed_steps", type=int, default=3000, help="of ours_decayed: a few more than it has time for"
+    )
     parser.add_argument("--slice", type=float, default=30.0, help="seconds that one trains while the others wait")
     parser.add_argument(
         "--score_at", nargs="+", type=float, default=[1, 2, 5, 10, 20, 40, 60], help="minutes of training"
     )
     parser.add_argument("--num_images", type=int, default=1000, help="for each score")
-    parser.add_argument("--num_inference_steps", type=int, default=50, help="of DDIM, for the curve")
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="of DDPM, for the curve")
     parser.add_argument(
         "--sampling_steps", nargs="*", type=int, default=[5, 10, 20, 50, 100, 1000], help="for the last part"
     )
@@ -76,6 +80,8 @@ def make(name: str, args: argparse.Namespace, device: str, folder: Path) -> Cont
     match name:
         case "ours":
             return Ours(folder / name, **options)
+        case "ours_decayed":
+            return Ours(folder / name, max_train_steps=args.decayed_steps, seed=args.seed)
         case "our_recipe":
             UNet2DModel(**PEER_UNET).save_config(folder / "unet")
             return Ours(folder / name, model_config_name_or_path=str(folder / "unet"), **options)
@@ -164,11 +170,11 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                     continue
                 race.train(args.slice)
                 if race.score_due:
-                    pipe = race.contender.pipeline()
+                    pipe = race.contender.pipeline("ddpm")
                     scores = quality(pipe, race.contender.bf16, num_inference_steps=args.num_inference_steps)
                     race.curve.append({"minutes": race.seconds / 60, "steps": race.steps, **scores})
                     result["contenders"][name] = race.result()
-                    print(f"{name:>10} {race.seconds / 60:5.1f} min  {race.steps:>6} steps  FID {scores['fid']:.2f}")
+                    print(f"{name:>12} {race.seconds / 60:5.1f} min  {race.steps:>6} steps  FID {scores['fid']:.2f}")
                     write_json(result, args.output)
 
         for name in args.sampling_contenders:
@@ -182,7 +188,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                 ]
                 best = min(points, key=lambda point: point["fid"])
                 result["sampling"].setdefault(name, []).append(best)
-                print("{:>10} {num_inference_steps:>5} steps  {sampler}  FID {fid:.2f}".format(name, **best))
+                print("{:>12} {num_inference_steps:>5} steps  {sampler}  FID {fid:.2f}".format(name, **best))
                 write_json(result, args.output)
     draw(result, args.picture)
     return result

@@ -104,7 +104,7 @@ class TrainingArguments:
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = _arg("cosine", "How the learning rates change after the warm-up.")
-    lr_warmup_steps: int = _arg(500, "Steps in which the learning rates rise from 0.", NOT_NEGATIVE)
+    lr_warmup_steps: int = _arg(100, "Steps in which the learning rates rise from 0.", NOT_NEGATIVE)
     lr_decay_steps: int = _arg(
         0, "Over so many last steps the learning rates fall linearly to 0, whatever the schedule.", NOT_NEGATIVE
     )
