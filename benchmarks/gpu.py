@@ -15,10 +15,10 @@ The parts, each within its share of the time; `gpu.json` is written after each o
 The same command keeps the parts that are done, and resumes the training; with --num_epochs 1200, up to there.
 `--device cpu --toy` rehearses all of it. No part needs a network. Where packages are missing, wheels travel along, in
 a folder that --wheels names. For a machine with Python 3.12, torch, accelerate, transformers, torchmetrics, pyarrow
-and pandas, but neither diffusers nor datasets:
+and pandas, but without diffusers, datasets and pytest:
 
     pip download -c constraints.txt --no-deps --only-binary=:all: --python-version 3.12 -d wheels \
-        diffusers datasets dill multiprocess importlib_metadata
+        diffusers datasets dill multiprocess importlib_metadata pytest iniconfig pluggy
 """
 
 import argparse

@@ -135,10 +135,11 @@ class Run:
         files = [path for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")]
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *map(str, files)]
         run = self.process(command, deadline)
-        lines = run.stdout.strip().splitlines()
+        output = run.stdout + run.stderr
+        (self.folder / "tests.txt").write_text(output, encoding="utf-8")
+        lines = run.stdout.strip().splitlines() or [output.strip()]
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
         self.write("tests", {"summary": lines[-1], "returncode": run.returncode, "failed": failed})
-        (self.folder / "tests.txt").write_text(run.stdout + run.stderr, encoding="utf-8")
 
     @staticmethod
     def process(command: list[str], deadline: float) -> subprocess.CompletedProcess[str]:
@@ -199,10 +200,10 @@ class Run:
             "dataset_name": self.size.dataset_name,
             "model_config_name_or_path": str(self.folder / "unet"),
             "train_batch_size": self.size.batch_size,
-            "muon_learning_rate": 0.03,
+            "muon_learning_rate": 0.02,
             "lr_scheduler": "constant_with_warmup",
             "lr_warmup_steps": 200,
-            "compile": False,  # here, as it is set up by `prepare`
+            "compile": False,  # `TimedTrainer` sets up the fastest way
             "save_images_steps": 0,
             "save_images_epochs": self.args.num_epochs,
             "save_model_epochs": self.args.num_epochs,

@@ -36,8 +36,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("scores.json"), help="the JSON file to write")
 
     sampling = parser.add_argument_group("sampling, with --model")
-    sampling.add_argument("--num_inference_steps", type=int, default=50)
-    sampling.add_argument("--scheduler", default="ddim", help="a name that sample.py takes, or auto, as there")
+    sampling.add_argument("--num_inference_steps", type=int, help="by default 50, or 4 for a pipeline for few steps")
+    sampling.add_argument("--scheduler", default="auto", help="a name that sample.py takes; by default auto, as there")
     sampling.add_argument(
         "--guidance_scale", type=float, help="scale of guidance by the pipeline's guide; 1: none; by default 2"
     )
@@ -76,7 +76,7 @@ def score_samples(args: argparse.Namespace, device: str) -> dict[str, Any]:
 
     from mnist_ddpm import metrics
     from mnist_ddpm.images import read_samples
-    from mnist_ddpm.sampling import guidance_options, load_pipeline, sample_tensor, step_options
+    from mnist_ddpm.sampling import default_steps, guidance_options, load_pipeline, sample_tensor, step_options
     from mnist_ddpm.two_sample import two_sample_scores
 
     start = time.perf_counter()
@@ -89,7 +89,8 @@ def score_samples(args: argparse.Namespace, device: str) -> dict[str, Any]:
     inception = metrics.InceptionFeatures().to(device) if args.inception else None
     train, test = real_images(args, "train"), real_images(args, "test")
     if args.model is not None:
-        options = step_options(pipe, args.num_inference_steps, args.scheduler)
+        steps = args.num_inference_steps or default_steps(pipe.scheduler)
+        options = step_options(pipe, steps, args.scheduler)
         options |= guidance_options(pipe, args.guidance_scale, args.guidance_interval)
         with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
             samples = sample_tensor(pipe, args.num_images or 10_000, args.seed, args.batch_size, **options)
@@ -102,7 +103,7 @@ def score_samples(args: argparse.Namespace, device: str) -> dict[str, Any]:
     scores |= two_sample_scores(some_samples, test, args.seed, device)
     baseline |= two_sample_scores(test, some_train, args.seed, device)
     print_table({"samples": scores, "real": baseline})
-    source = ("samples",) if args.samples is not None else ("model", "scheduler", "num_inference_steps")
+    source = ("samples",) if args.samples is not None else ("model", "scheduler")
     return {
         "scores": scores,
         "floor": baseline,

@@ -67,7 +67,6 @@ def describe(pipe: Any, steps: tuple[int, ...], **entries: Any) -> dict[str, Any
         "classes": [str(names.get(i, i)) for i in range(classes)],
         "prediction_type": scheduler.config.prediction_type,
         "clip": scheduler.config.clip_sample_range if scheduler.config.clip_sample else None,
-        "betas": scheduler.betas.tolist(),
         "alphas_cumprod": scheduler.alphas_cumprod.tolist(),
         "final_alpha_cumprod": scheduler.final_alpha_cumprod.item(),
         "timesteps": timesteps,

@@ -80,7 +80,7 @@ def relativistic_loss(higher: torch.Tensor, lower: torch.Tensor) -> torch.Tensor
 class AdversarialLoss:
     """Generator and discriminator against each other, both on images with noise (arXiv 2506.09376, section 3).
 
-    The generator's loss is `R(D(fake), D(real))`, the discriminator's `R(D(real), D(fake)) + w |D(x + s z) - D(x)|^2`,
+    The generator's loss is `R(D(fake), D(real))`, the discriminator's `R(D(real), D(fake)) + w |D(x + delta z) - D(x)|^2`,
     with R the relativistic loss and z noise. The last term is a penalty on the gradients of D at real and at generated
     images (R1 and R2), approximated by a difference (arXiv 2501.08316, section 3.3), for every fourth image.
 
@@ -91,7 +91,7 @@ class AdversarialLoss:
         function: what makes an image of a noisy one.
         discriminator: D.
         penalty_weight: w.
-        penalty_std: s.
+        penalty_std: delta.
     """
 
     def __init__(
