@@ -101,12 +101,7 @@ def scheduler_step(results: dict[str, Result]) -> str:
         name = f"{row['scheduler']}, {' x '.join(map(str, row['shape']))}, {row['device']}"
         ratios.setdefault(name, {})[row["work"]] = f"{row['ratio']:.2f}"
     rows = [[name, *(of_work[work] for work in columns)] for name, of_work in ratios.items()]
-    machine = result["machine"]
-    names = ", ".join(filter(None, [machine["cpu"], f"threads: {machine['threads']}", machine["gpu"]]))
-    return (
-        f"{table(['', *(f'`{work}`' for work in columns)], rows)}\n\n"
-        f"- `python benchmarks/scheduler_step.py --num_threads {machine['threads']}` ({names})"
-    )
+    return f"{table(['', *(f'`{work}`' for work in columns)], rows)}\n\n{origins(results)}"
 
 
 def noise_table(results: dict[str, Result]) -> str:
@@ -153,7 +148,9 @@ def few_steps_best(results: dict[str, Result]) -> str:
     """What wins at each number of evaluations by `benchmarks/few_steps.py`, a line each."""
     (result,) = results.values()
     of_samplers = result["few_steps"]
-    return "\n".join(f"- {n}: {name} (FID {of_samplers[name][n]['fid']:.2f})" for n, name in winners(of_samplers).items())
+    return "\n".join(
+        f"- {n}: {name} (FID {of_samplers[name][n]['fid']:.2f})" for n, name in winners(of_samplers).items()
+    )
 
 
 def timestep_grid(results: dict[str, Result]) -> str:
@@ -271,9 +268,9 @@ def recipes(results: dict[str, Result]) -> str:
 
 
 def scored_minutes(result: Result) -> dict[str, dict[float, Result]]:
-    """What `benchmarks/time_to_quality.py` measured of each contender, by the minute of its training."""
+    """What `benchmarks/time_to_quality.py` measured of each contender, by the minute of its training, rounded."""
     return {
-        name: {round(point["minutes"], 1): point for point in contender["curve"]}
+        name: {round(point["minutes"]): point for point in contender["curve"]}
         for name, contender in result["contenders"].items()
     }
 
@@ -332,7 +329,7 @@ def comparison(results: dict[str, Result]) -> str:
     contenders = ("ours", "stock", "tuned")
     rows = [
         *(
-            [f"FID after {m} minute{'s' * (m > 1)} of training", *(f"{scored[name][m]['fid']:.1f}" for name in contenders)]
+            [f"FID after {m} min of training", *(f"{scored[name][m]['fid']:.1f}" for name in contenders)]
             for m in (1, 10, 20)
         ),
         ["training images per second", *(f"{speed[name]:.0f}" for name in contenders)],
@@ -340,8 +337,8 @@ def comparison(results: dict[str, Result]) -> str:
     ]
     return (
         f"Measured on {result['machine']}, {result['threads']} threads, all in turns. FID of {result['num_images']} "
-        f"samples, real images: {result['floor']['fid']:.1f}. Where our learning rate falls to 0 within the 10 minutes, "
-        f"FID is {scored['ours_decayed'][10]['fid']:.1f}. More tables and all commands: "
+        f"samples, real images: {result['floor']['fid']:.1f}. If our learning rate falls to 0 by then, it is "
+        f"{scored['ours_decayed'][10]['fid']:.1f} after 10 minutes. More tables and all commands: "
         "[docs/results.md](docs/results.md).\n\n"
         f"{table(['', 'this package', 'U-Net of the Hugging Face diffusion course', 'the same, tuned'], rows)}"
     )

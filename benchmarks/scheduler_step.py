@@ -5,20 +5,27 @@ our time over theirs: below 1 ours is faster. `loop` is `set_timesteps`, where o
 """
 
 import argparse
-import json
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import diffusers
+import torch
+from quality import write_json
+
+from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMScheduler
+from mnist_ddpm.cli import provenance
 
 SHAPES = [(1, 1, 28, 28), (16, 1, 28, 28), (256, 1, 28, 28), (1, 4, 64, 64), (4, 4, 64, 64)]
 TARGET = 1.0  # to be reached by ours over theirs
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "scheduler_step.json")
     parser.add_argument("--rounds", type=int, default=200, help="turns that each of the two takes")
@@ -31,6 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"argument --rounds: must be 1 or more, got {args.rounds}")
+    args.command = ["python", "benchmarks/scheduler_step.py", *argv]
     return args
 
 
@@ -51,8 +59,6 @@ def interleaved_medians(calls: list[Callable[[], Any]], rounds: int, sync: Calla
 
 def workloads(shape: tuple[int, ...], device: Any, num_inference_steps: int, seed: int) -> dict[str, Any]:
     """What is timed: functions of a scheduler that is set to `num_inference_steps`."""
-    import torch
-
     generator = torch.Generator(device).manual_seed(seed)
     sample = torch.randn(shape, generator=generator, device=device)
     output = torch.randn(shape, generator=generator, device=device)
@@ -75,12 +81,6 @@ def workloads(shape: tuple[int, ...], device: Any, num_inference_steps: int, see
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Time everything, print it, and write it down."""
-    import diffusers
-    import numpy as np
-    import torch
-
-    from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMScheduler
-
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     devices = [args.device] if args.device else ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -121,34 +121,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
                         f"{row['ours_us']:>10} us {row['diffusers_us']:>10} us  ratio {row['ratio']}{mark}"
                     )
     report = {
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "numpy": np.__version__,
-        },
-        "machine": {
-            "cpu": cpu_model(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "options": {key: value for key, value in vars(args).items() if key != "output"},
-        "reached": all(row["ratio"] <= row["target"] for row in rows),
         "rows": rows,
+        "reached": all(row["ratio"] <= row["target"] for row in rows),
+        "threads": torch.get_num_threads(),
+        **provenance(args),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(report, args.output)
     return report
-
-
-def cpu_model() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

@@ -211,9 +211,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for point in points:
             at = (point["samples_per_second"], point["fid"])
             sampling.annotate(str(point["num_inference_steps"]), at, (4, 4), textcoords="offset points")
-    minutes = sorted({round(point["minutes"], 1) for c in result["contenders"].values() for point in c["curve"]})
-    training.set_xticks(minutes, [f"{m:g}" for m in minutes])
+    minutes = sorted({round(point["minutes"]) for c in result["contenders"].values() for point in c["curve"]})
+    training.set_xticks(minutes, [str(m) for m in minutes])
     training.minorticks_off()
+    sampling.tick_params(axis="x", which="minor", labelbottom=False)
     for panel, label in ((training, "minutes of training"), (sampling, "samples per second; at the dots: steps")):
         panel.axhline(result["floor"]["fid"], color="gray", linestyle="--", label="real images")
         panel.set(xlabel=label)

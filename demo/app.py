@@ -19,14 +19,17 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # which Gradio reads when it i
 import gradio as gr
 import torch
 from PIL import Image
-from steps import SCHEDULERS, Frame, between, complete, denoise, draw_noise, last, load_models, num_classes, redraw
+from steps import SCHEDULERS, Frame, between, complete, denoise, draw_noise, last, redraw
 from steps import with_scheduler as swap
+
+from mnist_ddpm import PRETRAINED_CONDITIONAL, PRETRAINED_FEW_STEP
+from mnist_ddpm.sampling import load_pipeline
 
 HERE = Path(__file__).parent
 COMPLETIONS = 8
 BUDGETS = (1, 4, 10, 50)
-PIPE, FEW_STEPS = load_models()
-CLASSES = num_classes(PIPE)
+PIPE = load_pipeline(PRETRAINED_CONDITIONAL)
+FEW_STEPS = load_pipeline(PRETRAINED_FEW_STEP, "auto")  # knows no classes
 
 
 def figure(images: torch.Tensor, title: str, note: str = "") -> str:
@@ -59,7 +62,7 @@ def hint(text: str) -> str:
 
 def as_digit(choice: str | None) -> int | None:
     """The class of a digit button; None for any."""
-    return None if choice in (None, "any") or not CLASSES else int(choice)
+    return None if choice in (None, "any") else int(choice)
 
 
 def as_seed(seed: float | None) -> int:
@@ -143,10 +146,11 @@ def look_between(row: torch.Tensor, k: float) -> str:
 def compare(digit: str, seed: float) -> Iterator[str]:
     """The same noise in few steps and in many, with times."""
     noise, rows = draw_noise(as_seed(seed), 6), []
-    models = [("", PIPE)] if FEW_STEPS is None else [("Few-step model, ", FEW_STEPS), ("", PIPE)]
-    for name, pipe in models:
-        for steps in BUDGETS if pipe is PIPE else BUDGETS[:2]:
-            label = as_digit(digit) if num_classes(pipe) else None
+    for name, pipe, budgets, label in (
+        ("Few-step model, ", FEW_STEPS, BUDGETS[:2], None),
+        ("", PIPE, BUDGETS, as_digit(digit)),
+    ):
+        for steps in budgets:
             start = time.perf_counter()
             images = last(denoise(pipe, noise, steps, label))
             seconds = time.perf_counter() - start
@@ -156,10 +160,8 @@ def compare(digit: str, seed: float) -> Iterator[str]:
 
 
 def digit_buttons(label: str) -> gr.Radio:
-    """One button for each digit; hidden where the model knows no classes."""
-    return gr.Radio(
-        ["any", *map(str, range(CLASSES))], value="any", label=label, visible=CLASSES > 0, elem_classes="buttons"
-    )
+    """One button for each digit."""
+    return gr.Radio(["any", *map(str, range(10))], value="any", label=label, elem_classes="buttons")
 
 
 def seed_box(value: int = 0, label: str = "Seed") -> gr.Number:
@@ -169,7 +171,7 @@ def seed_box(value: int = 0, label: str = "Seed") -> gr.Number:
 
 def guidance_slider() -> gr.Slider:
     """How far the digit leads."""
-    return slider(1, 5, 1, "Guidance (1: none)", step=0.1, visible=CLASSES > 0)
+    return slider(1, 5, 1, "Guidance (1: none)", step=0.1)
 
 
 def slider(least: float, most: float, value: float, label: str, step: float = 1, **options: Any) -> gr.Slider:
@@ -275,7 +277,7 @@ def few_steps_tab() -> None:
 def build() -> gr.Blocks:
     """The page: one tab for each thing to play with."""
     with gr.Blocks(title="MNIST from noise", analytics_enabled=False) as page:
-        gr.Markdown(f"# MNIST from noise\n{INTRODUCTION if CLASSES else UNCONDITIONAL}")
+        gr.Markdown(f"# MNIST from noise\n{INTRODUCTION}")
         for title, tab in (
             ("Draw from noise", draw_tab),
             ("Complete", complete_tab),
@@ -288,7 +290,6 @@ def build() -> gr.Blocks:
 
 
 INTRODUCTION = "A diffusion model draws digits. It starts from noise, and removes a little of it at each step."
-UNCONDITIONAL = f"{INTRODUCTION} This one was trained without labels: it can't be asked for a certain digit."
 FONT = ["system-ui", "sans-serif"]
 LAUNCH: dict[str, Any] = {
     "theme": gr.themes.Soft(primary_hue="sky", neutral_hue="slate", font=FONT, font_mono=["monospace"]).set(

@@ -3,15 +3,13 @@
 import copy
 import inspect
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-import mnist_ddpm
 from mnist_ddpm import MNISTDDPMPipeline
 from mnist_ddpm.editing import MNISTImg2ImgPipeline, MNISTInpaintPipeline, slerp
-from mnist_ddpm.sampling import image_generators, load_pipeline, make_scheduler
+from mnist_ddpm.sampling import image_generators, make_scheduler
 
 SCHEDULERS = {"DDIM": "ddim", "DDPM": "ddpm", "DPM-Solver++": "dpmsolver_multistep", "UniPC": "unipc"}
 """The schedulers that show a predicted x_0 at each step, and their names in `mnist_ddpm.sampling`."""
@@ -23,25 +21,6 @@ class Frame(NamedTuple):
     t: int
     x_t: torch.Tensor
     x0_hat: torch.Tensor
-
-
-def packaged(name: str) -> Path | None:
-    """The folder of weights that a name in `mnist_ddpm` stands for, if the package has them."""
-    folder = getattr(mnist_ddpm, name, None)
-    return folder if folder is not None and any(folder.rglob("*.safetensors")) else None
-
-
-def load_models() -> tuple[MNISTDDPMPipeline, MNISTDDPMPipeline | None]:
-    """The model to draw with, conditional if there is one; and the model of a few steps, if there is one."""
-    few_steps = packaged("PRETRAINED_FEW_STEP")
-    pipe = load_pipeline(packaged("PRETRAINED_CONDITIONAL"))
-    few = None if few_steps is None else MNISTDDPMPipeline.from_pretrained(few_steps).to(pipe.device)
-    return pipe, few
-
-
-def num_classes(pipe: MNISTDDPMPipeline) -> int:
-    """How many classes a model knows; 0 if it is unconditional."""
-    return pipe.unet.config.get("num_class_embeds") or 0
 
 
 def with_scheduler(pipe: MNISTDDPMPipeline, name: str) -> MNISTDDPMPipeline:

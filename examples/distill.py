@@ -13,15 +13,12 @@ INSTALL = "In a checkout: pip install -e '.[train]'"
 try:
     from mnist_ddpm.cli import run
     from mnist_ddpm.training.arguments import add_flag, arguments
-    from mnist_ddpm.training.distillation import DistillationArguments, Distiller
+    from mnist_ddpm.training.distillation import WITHOUT_EFFECT, DistillationArguments, Distiller
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}. {INSTALL}")
 
-# arguments of training that say what the saved pipeline says already, or that its loss has and these losses don't
-WITHOUT_FLAG = {
-    "model_config_name_or_path", "prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule",
-    "ddpm_log_snr", "loss_type", "timestep_sampling", "logit_mean", "logit_std", "uniform_share", "snr_gamma",
-}  # fmt: skip
+# these are taken from the saved pipeline
+WITHOUT_FLAG = {*WITHOUT_EFFECT, "prediction_type", "ddpm_num_steps", "ddpm_beta_schedule"}
 
 
 def parse_args(argv: list[str] | None = None) -> DistillationArguments:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from browser import overflow, unlabeled_controls
 from PIL import Image
-from test_demo_steps import conditional
 
 pytestmark = pytest.mark.browser
 TABS = ("Draw from noise", "Complete", "Between two digits", "Few steps")
@@ -164,7 +163,7 @@ def test_compares_few_steps_with_many(app, address, page):
     open_tab(page, address, "Few steps")
     click(page, "Compare")
     page.get_by_text("50 steps", exact=True).wait_for()
-    assert len(page.get_by_text(re.compile(r"^\d+\.\d\d s$")).all()) == (4 if app.FEW_STEPS is None else 6)
+    assert len(page.get_by_text(re.compile(r"^\d+\.\d\d s$")).all()) == 6
     noise = app.draw_noise(0, 6)
     np.testing.assert_array_equal(pictures(page, "4 steps"), app.last(app.denoise(app.PIPE, noise, 4)))
 
@@ -223,19 +222,11 @@ def test_each_control_has_a_label_and_the_page_fits_a_phone(address, page):
         assert unlabeled_controls(page) == [], title
 
 
-def test_digit_buttons_where_the_model_knows_digits(app, page, monkeypatch):
-    monkeypatch.setattr(app, "PIPE", conditional())
-    monkeypatch.setattr(app, "CLASSES", 10)
-    blocks = app.build()
-    try:
-        page.goto(blocks.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)[1])
-        choose(page, "7")
-        fill(page, Steps=3, Number_of_pictures=2, Guidance=2)
-        click(page, "Draw")
-        page.get_by_text("t = 0", exact=True).wait_for()
-        expected = app.last(app.denoise(app.PIPE, app.draw_noise(0, 2), 3, digit=7, guidance_scale=2.0))
-        np.testing.assert_array_equal(pictures(page, "Sample x_t"), expected)
-        assert unlabeled_controls(page) == []
-        assert overflow(page) == 0
-    finally:
-        blocks.close()
+def test_digit_buttons_ask_for_a_digit(app, address, page):
+    page.goto(address)
+    choose(page, "7")
+    fill(page, Steps=3, Number_of_pictures=2, Guidance=2)
+    click(page, "Draw")
+    page.get_by_text("t = 0", exact=True).wait_for()
+    expected = app.last(app.denoise(app.PIPE, app.draw_noise(0, 2), 3, digit=7, guidance_scale=2.0))
+    np.testing.assert_array_equal(pictures(page, "Sample x_t"), expected)

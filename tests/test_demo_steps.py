@@ -7,7 +7,7 @@ import steps
 import torch
 from diffusers import LCMScheduler
 
-from mnist_ddpm import PRETRAINED, MNISTDDPMPipeline, MNISTUNet2DModel
+from mnist_ddpm import MNISTDDPMPipeline, MNISTUNet2DModel
 from mnist_ddpm.sampling import image_generators, load_pipeline
 
 
@@ -96,17 +96,3 @@ def test_interpolation_begins_and_ends_with_the_given_digits(pipe):
     row = steps.last(steps.between(pipe, ends, num_images=3, num_steps=20))
     assert (row[[0, 2]].int() - ends.int()).abs().float().mean() < 4
     assert (row[1].int() - ends[0].int()).abs().float().mean() > 20
-
-
-def test_weights_that_the_package_lacks_are_done_without(monkeypatch, tmp_path):
-    monkeypatch.setattr("mnist_ddpm.PRETRAINED_CONDITIONAL", tmp_path / "none", raising=False)
-    monkeypatch.setattr("mnist_ddpm.PRETRAINED_FEW_STEP", PRETRAINED, raising=False)
-    pipe, few_steps = steps.load_models()
-    assert steps.num_classes(pipe) == 0
-    assert few_steps is not None
-    conditional().save_pretrained(tmp_path / "conditional")
-    monkeypatch.setattr("mnist_ddpm.PRETRAINED_CONDITIONAL", tmp_path / "conditional")
-    monkeypatch.setattr("mnist_ddpm.PRETRAINED_FEW_STEP", tmp_path / "none")
-    pipe, few_steps = steps.load_models()
-    assert steps.num_classes(pipe) == 10
-    assert few_steps is None

@@ -354,7 +354,7 @@ def state(checkpoint):
     return tensors
 
 
-OBJECTIVES = {"consistency": (), "adversarial": ("--num_levels", "4", "--optimizer", "adamw")}
+OBJECTIVES = {"consistency": (), "adversarial": ("--num_levels", "4")}
 
 
 @pytest.mark.parametrize(("objective", "flags"), OBJECTIVES.items())
@@ -433,7 +433,7 @@ def test_the_teachers_process_is_kept(run, workplace, tmp_path):
         ("num_levels", {"num_levels": 3}),
         ("ddpm_num_inference_steps", {"ddpm_num_inference_steps": 21}),
         ("penalty_weight", {"penalty_weight": 0}),
-        ("first_level_share", {"first_level_share": 1}),
+        ("pure_noise_share", {"pure_noise_share": 1}),
     ],
 )
 def test_what_does_not_fit_is_an_error(run, tmp_path, capsys, name, flags):
@@ -447,6 +447,24 @@ def test_a_run_resumes_with_its_own_objective(run, tmp_path):
     folder = run(tmp_path / "run", max_train_steps=2)
     with pytest.raises(ValueError, match="objective"):
         run(folder, "--resume_from_checkpoint", "latest", objective="adversarial")
+
+
+def test_a_run_resumes_with_its_own_teacher(run, tmp_path):
+    MNISTDDPMPipeline(unet=unet_of(2), scheduler=SCHEDULER).save_pretrained(tmp_path / "another")
+    folder = run(tmp_path / "run", objective="consistency", max_train_steps=2)
+    with pytest.raises(ValueError, match="teacher"):
+        run(folder, "--resume_from_checkpoint", "latest", objective="consistency", init_from=tmp_path / "another")
+
+
+def test_arguments_of_training_that_have_no_effect_are_errors():
+    for name, value in {"snr_gamma": 5.0, "uniform_share": 0.1, "loss_type": "vlb"}.items():
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            DistillationArguments(init_from="teacher", **{name: value})
+
+
+def test_a_student_of_a_discriminator_is_trained_by_adamw():
+    optimizers = {name: DistillationArguments(init_from="teacher", objective=name).optimizer for name in OBJECTIVES}
+    assert optimizers == {"consistency": "muon", "adversarial": "adamw"}
 
 
 def test_without_a_pipeline_there_is_nothing_to_distill(capsys):

@@ -154,6 +154,15 @@ def test_latents_of_inversion_give_the_images_back(prediction_type):
     assert 1e-4 < (images - image).abs().max() < 0.1
 
 
+def test_inversion_begins_at_the_noise_level_where_sampling_ends():
+    options = {"scheduler": MNISTDDIMScheduler, "set_alpha_to_one": False, "timestep_spacing": "leading"}
+    pipe, image = pipeline(MNISTImg2ImgPipeline, "v_prediction", **options), data(8)
+    latents = pipe.invert(image, num_inference_steps=20, num_iterations=20)
+    plain = MNISTDDPMPipeline.from_pipe(pipe, dtype=torch.float64)
+    images = plain(8, latents=latents, num_inference_steps=20, output_type="pt").images
+    torch.testing.assert_close(images, image, rtol=0, atol=1e-6)
+
+
 def test_latents_of_inversion_are_noise():
     """The exact flow maps N(MEAN, COVARIANCE) to N(0, I)."""
     pipe = pipeline(MNISTImg2ImgPipeline, scheduler=MNISTDDIMScheduler)
@@ -167,6 +176,8 @@ def test_interpolation_goes_from_one_image_to_the_other():
     images = pipe.interpolate(first[None], second[None], num_images=5, output_type="pt").images
     assert images.shape == (5, 1, 1, 3)
     torch.testing.assert_close(images[[0, -1]].double(), torch.stack([first, second]), rtol=0, atol=1e-3)
+    one = pipe.interpolate(first[None], second[None], num_images=1, output_type="pt").images
+    torch.testing.assert_close(one, images[:1])
 
 
 def test_slerp_keeps_the_norm():
@@ -223,6 +234,18 @@ def test_what_cannot_be_edited_is_named():
         pipeline(MNISTImg2ImgPipeline, scheduler=MNISTDDIMScheduler, unet=tiny_unet())(image, eta=2.0)
     with pytest.raises(ValueError, match=r"^scheduler must be an MNISTDDIMScheduler with clip_sample=False"):
         edit.invert(image)
+    edit.scheduler = MNISTDDIMScheduler(clip_sample=False, thresholding=True)
+    with pytest.raises(ValueError, match="thresholding=False"):
+        edit.invert(image)
+    unet = tiny_unet()
+    torch.nn.init.constant_(unet.conv_out.bias, float("inf"))
+    with pytest.raises(RuntimeError, match=r"^sample must be finite"):
+        pipeline(MNISTImg2ImgPipeline, scheduler=MNISTDDIMScheduler, unet=unet).invert(image)
+    for count, (pipe, arguments) in itertools.product((1, 3), ((edit, []), (inpaint, [image]))):
+        with pytest.raises(ValueError, match=r"^batch_size must .* fit generator"):
+            pipe(image.expand(2, -1, -1, -1), *arguments, generator=[seeded(n) for n in range(count)])
+    with pytest.raises(ValueError, match=r"^mask_image must be"):
+        inpaint(image, image.expand(2, -1, -1, -1))
     for pipe, name, arguments in ((edit, "pndm", []), (inpaint, "euler", [image])):
         pipe.scheduler = make_scheduler(name, pipe.scheduler.config)
         with pytest.raises(ValueError, match=r"^scheduler must be"):

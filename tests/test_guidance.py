@@ -13,7 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import ConfigMixin, DDPMPipeline, DDPMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import ConfigMixin, DDPMPipeline, DDPMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from loopback_hub import USER, WRITER
@@ -210,6 +210,15 @@ def test_without_labels_a_conditional_model_is_an_unconditional_one():
 def test_bad_arguments_are_named(unet, arguments):
     with pytest.raises(ValueError, match=f"^{next(iter(arguments))} must be"):
         images(pipeline(tiny_unet(**unet), id2label=NAMES), **arguments)
+
+
+def test_diffusers_unet_has_no_embedding_of_no_label():
+    blocks = {"block_out_channels": (8, 8), "norm_num_groups": 4, "num_class_embeds": 3, "layers_per_block": 1}
+    blocks |= {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    pipe = pipeline(UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **blocks), id2label=NAMES)
+    assert images(pipe, class_labels=2).shape == (1, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"^guidance_scale must be 1 without a guide"):
+        images(pipe, class_labels=2, guidance_scale=2.0)
 
 
 # Components

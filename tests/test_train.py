@@ -341,7 +341,12 @@ def test_a_run_starts_from_saved_weights(whole, workplace, tmp_path, saved, conf
 def test_weights_of_another_process_are_named(make_trainer, whole, caplog):
     make_trainer("--prediction_type epsilon --ddpm_beta_schedule linear --init_from", whole)
     assert "was trained with prediction_type 'v_prediction', this run has 'epsilon'" in caplog.text
-    assert "was trained with beta_schedule 'squaredcos_cap_v2', this run has 'linear'" in caplog.text
+    assert "other betas (squaredcos_cap_v2, 1000 timesteps) than this run has (linear, 1000 timesteps)" in caplog.text
+
+
+def test_weights_of_another_log_snr_are_named(make_trainer, whole, caplog):
+    make_trainer("--ddpm_log_snr 9 -5 --init_from", whole)
+    assert "was trained with other betas" in caplog.text
 
 
 # Labels

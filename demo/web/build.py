@@ -21,25 +21,19 @@ WASM = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")  # the smalles
 STEPS = (2, 5, 10, 20, 50)
 
 
-def packaged(name: str) -> Path | None:
-    """The folder of a pipeline that comes with the package, None if there is none of this name."""
-    folder = getattr(mnist_ddpm, name, None)
-    return folder if folder and (folder / "model_index.json").exists() else None
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("site"), help="Default: %(default)s.")
     parser.add_argument(
         "--model",
-        default=packaged("PRETRAINED_CONDITIONAL") or mnist_ddpm.PRETRAINED,
-        help="Folder or Hub id of a saved pipeline; by default the one in the package, that with classes if there is.",
+        default=mnist_ddpm.PRETRAINED_CONDITIONAL,
+        help="Folder or Hub id of a saved pipeline; by default the one with classes in the package.",
     )
     parser.add_argument(
         "--few_step_model",
-        default=packaged("PRETRAINED_FEW_STEP"),
-        help="Folder or Hub id of a pipeline that samples in 1 step; by default the one in the package if there is.",
+        default=mnist_ddpm.PRETRAINED_FEW_STEP,
+        help="Folder or Hub id of a pipeline that samples in 1 step; by default the one in the package.",
     )
     return parser.parse_args(argv)
 
@@ -82,11 +76,9 @@ def main(args: argparse.Namespace) -> None:
         subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=HERE, check=True)
 
     (args.output_dir / "ort").mkdir(parents=True, exist_ok=True)
-    models = [(args.model, STEPS, "unet.onnx")]
-    if args.few_step_model is not None:  # first, as it draws in the first second
-        models.insert(0, (args.few_step_model, (1,), "few_step.onnx"))
     entries = []
-    for model, steps, file in models:
+    models = ((args.few_step_model, (1,), "few_step.onnx"), (args.model, STEPS, "unet.onnx"))
+    for model, steps, file in models:  # the first draws at once
         pipe = load_pipeline(model, device="cpu")
         if steps == (1,):
             pipe.scheduler.config.timestep_spacing = "trailing"  # LCM's first timestep is T - 1 too

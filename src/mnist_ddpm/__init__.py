@@ -15,7 +15,7 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 PRETRAINED_CONDITIONAL = Path(__file__).parent / "pretrained_conditional"
 """The folder of the pipeline that takes `class_labels`."""
 PRETRAINED_FEW_STEP = Path(__file__).parent / "pretrained_few_step"
-"""The folder of the pipeline that was distilled from the first, for `num_inference_steps` from 1 to 20; best in 1 to 4."""
+"""The folder of the pipeline that was distilled from the first, for `num_inference_steps` from 1 to 20, best to 4."""
 
 __all__ = [
     "CLASSIFIER",

@@ -57,7 +57,7 @@ def run(main: Callable[[Any], None], parse_args: Callable[[], Any], install: str
         sys.exit(f"error: {error}. {install}")
     except OSError as error:
         sys.exit(f"error: {error}")
-    except Exception as error:
+    except (ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
         *_, innermost = traceback.walk_tb(error.__traceback__)
         if not innermost[0].f_globals.get("__name__", "").startswith("mnist_ddpm."):
             raise  # not one of the errors that the package raises itself

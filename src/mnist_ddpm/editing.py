@@ -74,6 +74,7 @@ class _EditingPipeline(MNISTDDPMPipeline):
         """Prepare one call; these are the options of all pipelines here."""
         call = copy.copy(self)
         x_0 = call._tensor(image) * 2 - 1
+        call._check_counts(len(x_0), generator)
         call._prepare_scheduler(num_inference_steps, None)
         labels = None if class_labels is None else call._class_numbers(class_labels, len(x_0))
         scales = call._guidance_scales(guidance_scale, guidance_interval, labels)
@@ -130,10 +131,14 @@ class _Edit:
         self.finite.append(x_prev.isfinite().all())
         return x_prev
 
-    def images(self, sample: torch.Tensor) -> Any:
-        """Images of the output type."""
+    def finish(self) -> None:
+        """Raise if a sample was not finite; free memory as the pipeline does."""
         self.pipe._check_finite(self.finite, self.visited)
         self.pipe.maybe_free_model_hooks()
+
+    def images(self, sample: torch.Tensor) -> Any:
+        """Images of the output type."""
+        self.finish()
         images = VaeImageProcessor().postprocess(sample, output_type=self.output_type)
         return ImagePipelineOutput(images=images) if self.return_dict else (images,)
 
@@ -210,17 +215,23 @@ class MNISTImg2ImgPipeline(_EditingPipeline):
 
         Raises:
             ValueError: If the scheduler is not DDIM without clipping, which can't be undone.
+            RuntimeError: If the latents are no longer finite.
         """
         edit = self._begin(image, None, num_inference_steps, class_labels)
         call, sample, scheduler = edit.pipe, edit.x_0, edit.pipe.scheduler
-        is_exact = isinstance(scheduler, MNISTDDIMScheduler) and not scheduler.config.clip_sample
-        call._check_scheduler(is_exact, "an MNISTDDIMScheduler with clip_sample=False")
+        clips = scheduler.config.get("clip_sample") or scheduler.config.get("thresholding")
+        is_exact = isinstance(scheduler, MNISTDDIMScheduler) and not clips
+        call._check_scheduler(is_exact, "an MNISTDDIMScheduler with clip_sample=False, thresholding=False")
         steps = scheduler.timesteps.flip(0)
-        phis = [0.0, *scheduler.alphas_cumprod.double()[steps.cpu()].sqrt().acos().tolist()]
+        alpha_bars = scheduler.alphas_cumprod.double()[steps.cpu()]
+        phis = torch.cat([scheduler.final_alpha_cumprod.double().cpu()[None], alpha_bars.cpu()]).sqrt().acos().tolist()
         for t, (phi_prev, phi) in zip(call.progress_bar(steps), pairwise(phis), strict=True):
             cos, sin, previous = math.cos(phi - phi_prev), math.sin(phi - phi_prev), sample
             for _ in range(num_iterations):
                 sample = (previous + sin * call._velocity(sample, t, edit.labels, phi)) / cos
+            edit.visited.append(t)
+            edit.finite.append(sample.isfinite().all())
+        edit.finish()
         return sample
 
     def _velocity(self, x_t: torch.Tensor, t: torch.Tensor, labels: Any, phi: float) -> torch.Tensor:
@@ -256,7 +267,8 @@ class MNISTImg2ImgPipeline(_EditingPipeline):
             output_type: `"pil"`, `"np"` or `"pt"`.
         """
         ends = [self.invert(image, num_inference_steps, class_labels) for image in (first, second)]
-        latents = torch.cat([slerp(ends[0], ends[1], i / (num_images - 1)) for i in range(num_images)])
+        weights = torch.linspace(0, 1, num_images).tolist()
+        latents = torch.cat([slerp(ends[0], ends[1], weight) for weight in weights])
         return super().__call__(
             num_images,
             latents=latents,
@@ -303,6 +315,8 @@ class MNISTInpaintPipeline(_EditingPipeline):
         kinds = MNISTDDPMScheduler | MNISTDDIMScheduler | DDPMScheduler | DDIMScheduler
         call._check_scheduler(isinstance(scheduler, kinds), "DDPM or DDIM, which remember no earlier steps")
         hidden = call._tensor(mask_image)[:, :1] >= 0.5
+        if len(hidden) not in (1, len(x_0)):
+            raise ValueError(f"mask_image must be 1 mask or {len(x_0)}, as many as images, got {len(hidden)}.")
         timesteps, n = scheduler.timesteps, len(scheduler.timesteps)
         # by level: 0 is the image
         alpha_bars = [1.0, *scheduler.alphas_cumprod.double()[timesteps.cpu()].flip(0).tolist()]

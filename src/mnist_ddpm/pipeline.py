@@ -141,15 +141,19 @@ class MNISTDDPMPipeline(DiffusionPipeline):
 
     def _initial_noise(self, batch_size: int, generator: Any, latents: torch.Tensor | None) -> torch.Tensor:
         """x_T for the scheduler: N(0, I), drawn in float32 or given, times the largest noise level."""
-        counts = {len(given) for given in (generator, latents) if isinstance(given, list | torch.Tensor)}
-        if batch_size < 1 or counts - {batch_size}:
-            raise ValueError(f"batch_size must be >= 1 and fit generator and latents, got {batch_size}, {counts}.")
+        self._check_counts(batch_size, generator, latents)
         if latents is None:
             size = self.unet.config.sample_size
             shape = batch_size, self.unet.config.in_channels, *([size, size] if isinstance(size, int) else size)
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         dtype = torch.promote_types(latents.dtype, torch.float32)
         return latents.to(self._execution_device, dtype) * self.scheduler.init_noise_sigma
+
+    def _check_counts(self, batch_size: int, generator: Any, latents: torch.Tensor | None = None) -> None:
+        """Reject another number of generators or latents than of images; diffusers takes some of them."""
+        counts = {len(given) for given in (generator, latents) if isinstance(given, list | torch.Tensor)}
+        if batch_size < 1 or counts - {batch_size}:
+            raise ValueError(f"batch_size must be >= 1 and fit generator and latents, got {batch_size}, {counts}.")
 
     def _class_numbers(self, class_labels: Any, batch_size: int) -> torch.Tensor:
         """The class of each image, `(B,)`, from numbers and names."""
@@ -167,8 +171,11 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         low, high = interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"guidance_interval must be two numbers t / T from 0 to 1, got {interval}.")
-        if scale != 1 and labels is None and self.guide is None:
-            raise ValueError(f"guidance_scale must be 1 without class_labels and without a guide, got {scale}.")
+        if scale != 1 and self.guide is None:
+            rows = getattr(getattr(self.unet, "class_embedding", None), "num_embeddings", float("inf"))
+            if labels is None or rows <= self.unet.config.num_class_embeds:  # UNet2DModel has no row for "no label"
+                needed = "a guide, or class_labels and an embedding of no label"
+                raise ValueError(f"guidance_scale must be 1 without {needed}, got {scale}.")
         times = [t / self.scheduler.config.num_train_timesteps for t in self.scheduler.timesteps.tolist()]
         return [scale if low <= time <= high else 1.0 for time in times]
 

@@ -36,7 +36,7 @@ SCHEDULERS = {
 
 AUTO = {5: "dpmsolver_multistep", 30: "sde_dpmsolver_multistep", 1000: "ddpm"}
 """Up to how many steps `"auto"` takes which scheduler: the one of the lowest FID for the package's weights, without
-guidance, in `benchmarks/results/few_steps.json`."""
+guidance, in `benchmarks/results/few_steps.json`, or in 50 steps one that is as good within the noise."""
 
 
 def auto_scheduler(num_inference_steps: int, prediction_type: str = "v_prediction") -> str:

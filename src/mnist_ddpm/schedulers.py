@@ -341,7 +341,7 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
         set_alpha_to_one: whether the last step leads to the image itself, and not to the noise level of timestep 0.
         variance_type: `"fixed_small"` (the default): the noise of eta = 1 has the posterior's variance.
             `"fixed_large"`: the paper's sigma-hat, more noise than the rest of the step makes room for.
-            `"learned_range"`: as `"fixed_small"`; `step` takes the first C channels of what the model predicts.
+            `"learned_range"`: as `"fixed_small"`; `step` is to get the first C channels of the model's output.
 
     All other arguments are those of `MNISTDDPMScheduler`.
     """
@@ -378,7 +378,7 @@ class MNISTDDIMScheduler(MNISTSchedulerBase):
         if use_clipped_model_output:
             eps_hat = (x_t - c.sqrt_alpha_bar_t * x0_hat) / c.sqrt_one_minus_alpha_bar_t
         direction = c.sqrt_one_minus_alpha_bar_prev
-        if eta:  # sqrt(1 - alpha_bar_prev - sigma^2)
+        if eta:  # sqrt(1 - alpha_bar_prev - sigma^2), without cancellation
             direction = direction * (1 - eta**2 + eta**2 * c.kept_share) ** 0.5
         x_prev = c.sqrt_alpha_bar_prev * x0_hat + direction * eps_hat
         if eta:

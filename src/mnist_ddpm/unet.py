@@ -9,11 +9,12 @@ Data takes this way through it, at the default size::
     up     level 1, then level 0      join a skip, residual block (mirror of down)
     conv_out  (B, 4, 14, 14)  --depth to space-->  (B, 1, 28, 28), plus gains times the sample
 
-Four things differ from the network of DDPM (Ho et al., arXiv 2006.11239, appendix B). Patches of `patch_size` pixels
-a side become channels first, so that no convolution runs at full resolution. Attention is in the middle only, unless
-`down_block_types` asks for more. The sample is added to the output: at high noise it is nearly all noise (EDM's skip
-connection, arXiv 2206.00364, section 5, learned), and at low noise a pixel is black, or white, by Bayes' rule.
-Under autocast the first and the last layers stay in float32: near t = 0 the noise is too small for bfloat16.
+What differs most from the network of DDPM (Ho et al., arXiv 2006.11239, appendix B): patches of `patch_size` pixels a
+side become channels first, so that no convolution runs at full resolution. Attention is in the middle only, unless
+`down_block_types` asks for more. The timestep scales and shifts the second norm of each residual block (iDDPM, arXiv
+2102.09672, appendix A). The sample is added to the output: at high noise it is nearly all noise (EDM's skip
+connection, arXiv 2206.00364, section 5, learned), and at low noise a pixel is black, or white, by Bayes' rule. Under
+autocast the first and the last layers stay in float32: near t = 0 the noise is too small for bfloat16.
 """
 
 import math
@@ -292,18 +293,7 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
             ValueError: for labels that the model doesn't know, and channels or a size that it can't take.
         """
         _check_sample(sample, class_labels, self.config)
-        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(len(sample))
-
-        with torch.autocast(sample.device.type, enabled=False):
-            emb = self.time_embedding(timestep, sample.dtype)
-            if self.class_embedding is not None:
-                label = self.config.num_class_embeds if class_labels is None else class_labels
-                emb = emb + self.class_embedding(torch.as_tensor(label, device=sample.device).expand(len(sample)))
-            h = sample
-            if self.fourier_features is not None:
-                h = torch.cat([h, self.fourier_features(sample, emb)], dim=1)
-            h = self.conv_in(F.pixel_unshuffle(h, self.config.patch_size))
-
+        h, emb = self._enter(sample, timestep, class_labels)
         skips = []
         for level, blocks in enumerate(self.down_blocks):
             if level > 0:
@@ -322,6 +312,21 @@ class MNISTUNet2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         with torch.autocast(sample.device.type, enabled=False):
             out = self._leave(h.to(sample.dtype), sample, emb)
         return UNet2DOutput(sample=out) if return_dict else (out,)
+
+    def _enter(
+        self, sample: torch.Tensor, timestep: torch.Tensor | float | int, class_labels: torch.Tensor | int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first features of noisy images, and the embedding of timestep and label `(B, time_embed_dim)`."""
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(len(sample))
+        with torch.autocast(sample.device.type, enabled=False):
+            emb = self.time_embedding(timestep, sample.dtype)
+            if self.class_embedding is not None:
+                label = self.config.num_class_embeds if class_labels is None else class_labels
+                emb = emb + self.class_embedding(torch.as_tensor(label, device=sample.device).expand(len(sample)))
+            h = sample
+            if self.fourier_features is not None:
+                h = torch.cat([h, self.fourier_features(sample, emb)], dim=1)
+            return self.conv_in(F.pixel_unshuffle(h, self.config.patch_size)), emb
 
     def _leave(self, h: torch.Tensor, sample: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         """The last features to the prediction `(B, out_channels, H, W)`."""

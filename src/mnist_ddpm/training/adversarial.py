@@ -18,6 +18,7 @@ from mnist_ddpm.training.arguments import require
 if TYPE_CHECKING:
     from mnist_ddpm.training.distillation import AdversarialBatch, ConsistencyFunction
 
+WAY_UP = ("skip_joins", "up_blocks", "upsamplers", "norm_out", "conv_out", "sample_gain", "gain_map")
 PENALTY_EVERY = 4  # images; on each, the penalty would make training 30 % slower
 
 
@@ -34,11 +35,9 @@ class Discriminator(nn.Module):
     def __init__(self, unet: Any):
         super().__init__()
         require(isinstance(unet, MNISTUNet2DModel), "init_from must hold an MNISTUNet2DModel", type(unet).__name__)
-        unet = copy.deepcopy(unet)
-        self.patch_size, self.num_classes = unet.config.patch_size, unet.config.num_class_embeds
-        self.time_embedding, self.class_embedding = unet.time_embedding, unet.class_embedding
-        self.fourier_features, self.conv_in = unet.fourier_features, unet.conv_in
-        self.down_blocks, self.downsamplers, self.mid_block = unet.down_blocks, unet.downsamplers, unet.mid_block
+        self.unet = copy.deepcopy(unet)
+        for name in WAY_UP:
+            delattr(self.unet, name)
         channels = unet.config.block_out_channels
         self.heads = nn.ModuleList(nn.Conv2d(c, 1, 1) for c in (*channels, channels[-1]))
 
@@ -46,23 +45,15 @@ class Discriminator(nn.Module):
         self, x_t: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Logits `(B, heads, h, w)`, maps of the finest level's size, of noisy images `(B, C, H, W)`."""
-        with torch.autocast(x_t.device.type, enabled=False):  # as in the U-Net
-            emb = self.time_embedding(timesteps, x_t.dtype)
-            if self.class_embedding is not None:
-                labels = torch.full_like(timesteps, self.num_classes) if class_labels is None else class_labels
-                emb = emb + self.class_embedding(labels)
-            h = x_t
-            if self.fourier_features is not None:
-                h = torch.cat([h, self.fourier_features(x_t, emb)], dim=1)
-            h = self.conv_in(F.pixel_unshuffle(h, self.patch_size))
+        h, emb = self.unet._enter(x_t, timesteps, class_labels)
         logits = []
-        for level, blocks in enumerate(self.down_blocks):
+        for level, blocks in enumerate(self.unet.down_blocks):
             if level > 0:
-                h = self.downsamplers[level - 1](h)
+                h = self.unet.downsamplers[level - 1](h)
             for block in blocks:
                 h = block(h, emb)
             logits.append(self.heads[level](h).float())
-        for block in self.mid_block:
+        for block in self.unet.mid_block:
             h = block(h, emb)
         logits.append(self.heads[-1](h).float())
         size = logits[0].shape[2:]
@@ -80,9 +71,9 @@ def relativistic_loss(higher: torch.Tensor, lower: torch.Tensor) -> torch.Tensor
 class AdversarialLoss:
     """Generator and discriminator against each other, both on images with noise (arXiv 2506.09376, section 3).
 
-    The generator's loss is `R(D(fake), D(real))`, the discriminator's `R(D(real), D(fake)) + w |D(x + delta z) - D(x)|^2`,
-    with R the relativistic loss and z noise. The last term is a penalty on the gradients of D at real and at generated
-    images (R1 and R2), approximated by a difference (arXiv 2501.08316, section 3.3), for every fourth image.
+    The generator's loss is `R(D(fake), D(real))` with the relativistic loss R, the discriminator's
+    `R(D(real), D(fake)) + w |D(x + delta z) - D(x)|^2` with noise z. The last term is a penalty on the gradients of D
+    at real and at generated images (R1 and R2), as a difference (arXiv 2501.08316), for every fourth image.
 
     The sum is returned. The fake images of the second are detached, and so is D in the first: each network gets the
     gradients of its own loss, and one optimizer steps both.

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from mnist_ddpm.data import decode_images, load_labels, load_split
 from mnist_ddpm.training.arguments import TrainingArguments
 
-ORDER_STREAM, NOISE_STREAM, FLIP_STREAM, LABEL_STREAM = range(4)  # independent random streams of one seed
+ORDER_STREAM, NOISE_STREAM, FLIP_STREAM, LABEL_STREAM = range(4)  # what is drawn, each independent of the others
 
 
 class Batch(NamedTuple):
@@ -39,6 +39,7 @@ class TrainingBatches:
         labels: the class of each image, int64 `(N,)`; None for none.
         num_classes: how many classes there are.
         label_dropout: the probability with which a label is hidden.
+        stream: batches of other streams of the same seed are independent of these.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class TrainingBatches:
         labels: torch.Tensor | None = None,
         num_classes: int = 0,
         label_dropout: float = 0.0,
+        stream: int = 0,
     ):
         self.images = images
         self.batch_size = batch_size
@@ -62,6 +64,7 @@ class TrainingBatches:
         self.labels = None if labels is None else labels.to(images.device)
         self.num_classes = num_classes
         self.label_dropout = label_dropout
+        self.stream = stream
         self._orders: dict[int, torch.Tensor] = {}
 
     def micro_batches(
@@ -121,8 +124,9 @@ class TrainingBatches:
         return data.pin_memory().to(self.device, non_blocking=True) if from_host_to_gpu else data.to(self.device)
 
     def _generator(self, stream: int, counter: int, device: torch.device) -> torch.Generator:
-        """A generator whose seed is a hash of the run's seed, the stream and the counter."""
-        seed = np.random.SeedSequence([self.seed, stream, counter]).generate_state(1, np.uint32).item()
+        """A generator whose seed is a hash of the run's seed, the streams and the counter."""
+        words = [self.seed, 4 * self.stream + stream, counter]  # four streams of draws in each stream of batches
+        seed = np.random.SeedSequence(words).generate_state(1, np.uint32).item()
         return torch.Generator(device).manual_seed(seed)
 
 
@@ -144,9 +148,7 @@ def load_images(
     images = decode_images(
         dataset, args.image_column, args.resolution, channels, center_crop=args.center_crop, background=args.background
     )
-    if accelerator.device.type == "cuda" and images.numel() > torch.cuda.mem_get_info(accelerator.device)[0] // 2:
-        images = images.pin_memory()
-    else:
+    if accelerator.device.type != "cuda" or images.numel() <= torch.cuda.mem_get_info(accelerator.device)[0] // 2:
         images = images.to(accelerator.device)
     return images, labels, dict(enumerate(names))
 
@@ -181,8 +183,8 @@ def logit_normal_probabilities(
 def stratified_timesteps(count: int, cdf: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Timesteps `(count,)`, each distributed by its `cdf` `(T,)`, but stratified.
 
-    They are the quantiles of numbers u in [0, 1), one in each of `count` equal slices, shuffled. As in variational
-    diffusion models (arXiv 2107.00630, appendix I.1), this lowers the variance of the loss.
+    They are the quantiles of numbers u in [0, 1), one in each of `count` equal slices, shuffled. This lowers the
+    variance of the loss, as the one offset for all slices does in VDM (arXiv 2107.00630, appendix I.1).
     """
     device = generator.device
     offsets = torch.rand(count, generator=generator, device=device)

@@ -21,7 +21,7 @@ from torch import nn
 
 from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline, MNISTDDPMScheduler
 from mnist_ddpm.pipeline import extrapolate
-from mnist_ddpm.sampling import guidance_options
+from mnist_ddpm.sampling import guidance_options, make_scheduler, weights_digest
 from mnist_ddpm.training.adversarial import AdversarialLoss, Discriminator
 from mnist_ddpm.training.arguments import COUNT, FIXED, FRACTION, POSITIVE, TrainingArguments, _arg, require
 from mnist_ddpm.training.batches import Batch
@@ -30,6 +30,11 @@ from mnist_ddpm.training.trainer import Objective, Trainer
 
 SIGMA_DATA = 0.5  # of c_skip and c_out, as in LCMScheduler
 HUBER_SCALE = 0.00054  # times the root of the number of pixels: c of the pseudo-Huber loss (iCT, arXiv 2310.14189)
+# arguments of training that are of its loss, or that the saved pipeline answers
+WITHOUT_EFFECT = (
+    "model_config_name_or_path", "variance_type", "ddpm_log_snr", "loss_type", "timestep_sampling", "logit_mean",
+    "logit_std", "uniform_share", "snr_gamma",
+)  # fmt: skip
 
 
 class ConsistencyFunction:
@@ -42,7 +47,7 @@ class ConsistencyFunction:
     """
 
     def __init__(self, scheduler: MNISTDDPMScheduler, sampler: LCMScheduler):
-        self.scheduler = MNISTDDPMScheduler.from_config(scheduler.config, clip_sample=False)
+        self.scheduler = MNISTDDPMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
         self.scaling: float = sampler.config.timestep_scaling
         self.limit: float = sampler.config.clip_sample_range if sampler.config.clip_sample else float("inf")
 
@@ -86,7 +91,8 @@ class ConsistencyLoss:
     """Consistency distillation: f is to be the same at x_t and where a DDIM step of the teacher leads from there.
 
     `d(f(x_t, t), f(x_prev, prev))`, without a gradient through the second f, which is 0 if f follows the teacher's
-    path to its end (arXiv 2303.01469, Algorithm 2). The d is the pseudo-Huber distance `sqrt(|a - b|^2 + c^2) - c`.
+    path to its end (arXiv 2303.01469, Algorithm 2). As in iCT (arXiv 2310.14189), the second f is no EMA, and d is the
+    pseudo-Huber distance `sqrt(|a - b|^2 + c^2) - c`.
 
     Args:
         function: f.
@@ -150,7 +156,7 @@ class DistillationArguments(TrainingArguments):
     guidance_scale: float | None = _arg(
         None, "Of a teacher with a guide, for consistency; 1: none. By default as examples/sample.py.", POSITIVE
     )
-    first_level_share: float = _arg(
+    pure_noise_share: float = _arg(
         0.7, "Share of the adversarial training at the last of them, T - 1: pure noise.", FRACTION
     )
     discriminator_lr_ratio: float = _arg(2.0, "The discriminator's learning rates over the student's.", POSITIVE)
@@ -160,6 +166,9 @@ class DistillationArguments(TrainingArguments):
     penalty_weight: float = _arg(1.0, "Of the penalty on the discriminator's change under small noise.", POSITIVE)
     penalty_std: float = _arg(0.1, "Standard deviation of that noise.", POSITIVE)
 
+    optimizer: Literal["muon", "adamw"] | None = _arg(  # type: ignore[assignment]
+        None, "See training; by default muon for consistency, and adamw against a discriminator."
+    )
     muon_momentum: float = _arg(0.5, "Of Muon.", FRACTION)
     learning_rate: float = _arg(1e-4, "Of AdamW.", POSITIVE)
     lr_scheduler: Literal[
@@ -171,8 +180,14 @@ class DistillationArguments(TrainingArguments):
     ddpm_num_inference_steps: int = _arg(1, "Steps to sample in.", COUNT)
 
     def __post_init__(self) -> None:
-        """Check what training does not."""
+        """Choose the optimizer; check what training does not."""
+        self.optimizer = self.optimizer or ("muon" if self.objective == "consistency" else "adamw")
         super().__post_init__()
+        for name in WITHOUT_EFFECT:
+            default = getattr(DistillationArguments, name)
+            require(
+                getattr(self, name) == default, f"{name} must be {default}, as it has no effect", getattr(self, name)
+            )
         require(self.init_from is not None, "init_from must be the saved pipeline to distill", self.init_from)
         require(
             self.guidance_scale is None or self.objective == "consistency",
@@ -202,8 +217,8 @@ class Distiller(Trainer):
     """
 
     fixed = (
-        *FIXED, "objective", "num_levels", "guidance_scale", "first_level_share", "discriminator_lr_ratio",
-        "discriminator_noise", "penalty_weight", "penalty_std",
+        "objective", "num_levels", "guidance_scale", "pure_noise_share", "discriminator_lr_ratio",
+        "discriminator_noise", "penalty_weight", "penalty_std", *FIXED,
     )  # fmt: skip
     args: DistillationArguments
 
@@ -229,6 +244,7 @@ class Distiller(Trainer):
         options = {
             "original_inference_steps": self.args.num_levels,
             "clip_sample": self.args.objective == "consistency",
+            "thresholding": False,
         }
         return LCMScheduler.from_config(self.scheduler.config, **options)
 
@@ -241,9 +257,10 @@ class Distiller(Trainer):
         function = ConsistencyFunction(self.scheduler, self.make_sampler())
         if args.objective == "consistency":
             self.batches = self.make_batches(level_probabilities(T, timesteps, 1 / args.num_levels))
-            ddim = MNISTDDIMScheduler.from_config(self.scheduler.config, variance_type="fixed_small")
-            return ConsistencyLoss(function, self.make_teacher(unet), ddim, timesteps, self.accelerator.autocast)
-        self.batches = self.make_batches(level_probabilities(T, timesteps, args.first_level_share))
+            teacher, ddim = self.make_teacher(unet), make_scheduler("ddim", self.scheduler.config)
+            self.further_settings = {"teacher": weights_digest(teacher)}
+            return ConsistencyLoss(function, teacher, ddim, timesteps, self.accelerator.autocast)
+        self.batches = self.make_batches(level_probabilities(T, timesteps, args.pure_noise_share))
         noised = max(1, round(args.discriminator_noise * T))
         p = torch.zeros(T, dtype=torch.float64)
         p[:noised] = 1 / noised

@@ -32,11 +32,16 @@ def load_unet_config(args: TrainingArguments) -> dict[str, Any]:
 
 
 def make_unet(
-    config: dict[str, Any], images: torch.Tensor, args: TrainingArguments, num_classes: int | None = None
+    config: dict[str, Any],
+    images: torch.Tensor,
+    args: TrainingArguments,
+    scheduler: MNISTDDPMScheduler,
+    num_classes: int | None = None,
 ) -> ModelMixin:
     """The U-Net of a config; what the config leaves open is as the images and their classes are.
 
-    Where the variance is learned, the U-Net returns twice as many channels: the prediction, and the variance.
+    Where the variance is learned, the U-Net returns twice as many channels: the prediction, and the variance. Weights
+    that were trained for another diffusion process than the scheduler's are reported.
 
     Raises:
         ValueError: the config is for other images or classes, or the saved weights are of another U-Net.
@@ -80,7 +85,7 @@ def make_unet(
     )
     if args.init_from:
         _load_weights(unet, args.init_from)
-        _warn_of_another_process(args)
+        _warn_of_another_process(args.init_from, scheduler)
     return unet.train()
 
 
@@ -102,18 +107,18 @@ def _load_weights(unet: torch.nn.Module, source: str) -> None:
     unet.load_state_dict(saved, strict=False)
 
 
-def _warn_of_another_process(args: TrainingArguments) -> None:
-    """Say where the saved weights were trained for another prediction type or noise schedule."""
+def _warn_of_another_process(source: str, scheduler: MNISTDDPMScheduler) -> None:
+    """Say where saved weights were trained for another prediction type or noise schedule than a run's."""
     try:
-        saved = MNISTDDPMScheduler.from_pretrained(args.init_from, subfolder="scheduler").config
+        saved = MNISTDDPMScheduler.from_pretrained(source, subfolder="scheduler")
     except OSError:  # a U-Net by itself
         return
-    flags: dict[str, Any] = {"prediction_type": args.prediction_type, "num_train_timesteps": args.ddpm_num_steps}
-    if args.ddpm_log_snr is None:
-        flags["beta_schedule"] = args.ddpm_beta_schedule.replace("cosine", "squaredcos_cap_v2")
-    for name, value in flags.items():
-        if saved[name] != value:
-            logger.warning(f"{args.init_from} was trained with {name} {saved[name]!r}, this run has {value!r}")
+    kinds = [kind.config["prediction_type"] for kind in (saved, scheduler)]
+    if kinds[0] != kinds[1]:
+        logger.warning(f"{source} was trained with prediction_type {kinds[0]!r}, this run has {kinds[1]!r}")
+    if not torch.equal(saved.betas, scheduler.betas):
+        names = [f"{of.config['beta_schedule']}, {len(of)} timesteps" for of in (saved, scheduler)]
+        logger.warning(f"{source} was trained with other betas ({names[0]}) than this run has ({names[1]})")
 
 
 def _of_unet_or_pipeline(source: str, load: Callable[..., Any]) -> Any:

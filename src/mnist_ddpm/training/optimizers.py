@@ -24,6 +24,7 @@ ADAMW_MODULES = (
     "sample_gain",
     "gain_map",
     "fourier_features",
+    "heads",
 )
 
 

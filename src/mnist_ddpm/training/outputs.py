@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from mnist_ddpm import MNISTDDIMScheduler, MNISTDDPMPipeline
+from mnist_ddpm import MNISTDDPMPipeline
 from mnist_ddpm.data import MNIST
 from mnist_ddpm.hub import check_repository, publish, publish_checkpoint, write_card
 from mnist_ddpm.images import image_grid
-from mnist_ddpm.sampling import is_few_step
+from mnist_ddpm.sampling import is_few_step, make_scheduler
 from mnist_ddpm.training.arguments import TrainingArguments, arguments
 from mnist_ddpm.training.checkpoints import (
     LOG,
@@ -99,8 +99,7 @@ class Outputs:
         """
         scheduler = pipeline.scheduler
         if not is_few_step(scheduler):
-            # DDIM takes no learned variance, and without noise needs none
-            scheduler = MNISTDDIMScheduler.from_config(scheduler.config, variance_type="fixed_small")
+            scheduler = make_scheduler("ddim", scheduler.config)
         pipeline = MNISTDDPMPipeline(unet=pipeline.unet, scheduler=scheduler)
         pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(self.args.seed)

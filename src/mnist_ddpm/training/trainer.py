@@ -79,10 +79,11 @@ class Trainer:
         self.total_steps = args.max_train_steps or math.ceil(args.num_epochs * self.num_images / self.batch_size)
         self.images, self.labels, self.num_classes = images, labels, len(id2label)
         self.scheduler = self.make_scheduler()
-        unet = make_unet(unet_config, images, args, len(id2label) or None)
+        unet = make_unet(unet_config, images, args, self.scheduler, len(id2label) or None)
         unet = unet.to(accelerator.device, memory_format=torch.channels_last)
         optimizer = make_optimizer(unet, args)
         self.further_networks: list[nn.Module] = []  # what is trained besides the U-Net
+        self.further_settings: dict[str, Any] = {}  # what a resumed run must share besides `fixed`
         self.loss = self.make_objective(unet, optimizer)
         # what gets saved and sampled from, without dropout
         published_unet = copy.deepcopy(unet).eval()
@@ -92,11 +93,11 @@ class Trainer:
         self.unet, self.optimizer, *_ = accelerator.prepare(unet, optimizer, *self.further_networks)
         accelerator.register_for_checkpointing(*filter(None, [self.ema]))
 
-        unet_settings = {key: value for key, value in unet.config.items() if not key.startswith("_")}
         settings = {name: getattr(args, name) for name in self.fixed} | {
             "images": images.shape,
             "images per step": self.batch_size,
-            "U-Net": unet_settings,
+            "U-Net": {key: value for key, value in unet.config.items() if not key.startswith("_")},
+            **self.further_settings,
         }
         self.settings = json.loads(json.dumps(settings))  # as they will be read from a checkpoint
         self.schedule = {name: getattr(args, name) for name in SCHEDULE} | {"max_train_steps": self.total_steps}
@@ -148,17 +149,9 @@ class Trainer:
 
     def make_batches(self, p: torch.Tensor, stream: int = 0) -> TrainingBatches:
         """Batches with timesteps of probabilities p, `(T,)`; those of other streams are independent of each other."""
-        return TrainingBatches(
-            self.images,
-            self.batch_size,
-            p,
-            self.args.seed + (stream << 32),
-            self.accelerator.device,
-            self.args.random_flip,
-            self.labels,
-            self.num_classes,
-            self.args.label_dropout,
-        )
+        args, device = self.args, self.accelerator.device
+        labels = (self.labels, self.num_classes, args.label_dropout)
+        return TrainingBatches(self.images, self.batch_size, p, args.seed, device, args.random_flip, *labels, stream)
 
     def _make_ema(self, unet: nn.Module) -> EMAModel:
         """The moving average of the weights, of decay `1 - (1 + step / inv_gamma) ** -power` up to the maximum."""
@@ -198,8 +191,10 @@ class Trainer:
     def _try_out(self, unet: nn.Module) -> None:
         """Run `unet` forward and backward on a batch, and leave no trace."""
         batch = self.micro_batches(step=0)[0]
-        self.accelerator.backward(self.loss(unet, batch))
-        self.optimizer.zero_grad()
+        try:
+            self.accelerator.backward(self.loss(unet, batch))
+        finally:
+            self.optimizer.zero_grad()
 
     # Training --------------------------------------------------------------------------------------------------------
 
