@@ -200,6 +200,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, (training, sampling) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained", sharey=True)
     for i, (name, contender) in enumerate(result["contenders"].items()):
@@ -214,7 +215,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     minutes = sorted({round(point["minutes"]) for c in result["contenders"].values() for point in c["curve"]})
     training.set_xticks(minutes, [str(m) for m in minutes])
     training.minorticks_off()
-    sampling.tick_params(axis="x", which="minor", labelbottom=False)
+    sampling.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    sampling.xaxis.set_major_formatter("{x:g}")
+    sampling.minorticks_off()
     for panel, label in ((training, "minutes of training"), (sampling, "samples per second; at the dots: steps")):
         panel.axhline(result["floor"]["fid"], color="gray", linestyle="--", label="real images")
         panel.set(xlabel=label)

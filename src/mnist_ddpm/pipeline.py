@@ -213,7 +213,8 @@ class MNISTDDPMPipeline(DiffusionPipeline):
         if scheduler.config.get("variance_type") in LEARNED and not reads_variance:
             scheduler.register_to_config(variance_type="fixed_small")  # it keeps the setting, and splits nothing
         if isinstance(scheduler, HeunDiscreteScheduler) and scheduler.sigmas[0] > 1000 * scheduler.sigmas[1] > 0:
-            warnings.warn("Heun speckles images in so few steps. Set use_karras_sigmas=True.", stacklevel=4)
+            remedy = "Set timesteps below 980 or, in many steps, use_karras_sigmas=True."
+            warnings.warn(f"Heun speckles images in so few steps. {remedy}", stacklevel=4)
         self.num_timesteps = len(scheduler.timesteps)
 
     def _check_finite(self, finite: list[torch.Tensor], timesteps: Sequence[Any]) -> None:
