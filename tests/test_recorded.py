@@ -20,7 +20,7 @@ SAVED, RECORDED = HERE / "saved-by-0.1.0", HERE / "recorded"
 # the learning rate reaches its peak after 500 steps: in 20, kernels of other processors change losses by some 1e-6
 TRAINING = {"max_train_steps": 20, "train_batch_size": 32, "optimizer": "adamw", "timestep_sampling": "uniform"}
 TRAINING |= {"mixed_precision": "no", "compile": False, "logger": "none", "save_images_steps": 0}
-TRAINING |= {"eval_batch_size": 1, "ddpm_num_inference_steps": 1}
+TRAINING |= {"eval_batch_size": 1, "ddpm_num_inference_steps": 1, "lr_warmup_steps": 500}
 TRAINING |= {"model_config_name_or_path": str(RECORDED / "unet")}  # that of 0.1.0, without `pixel_gain`
 SCHEDULERS = {
     "ddpm": (MNISTDDPMScheduler, {}),
