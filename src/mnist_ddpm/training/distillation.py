@@ -246,7 +246,8 @@ class Distiller(Trainer):
             "clip_sample": self.args.objective == "consistency",
             "thresholding": False,
         }
-        return LCMScheduler.from_config(self.scheduler.config, **options)
+        config = {key: value for key, value in self.scheduler.config.items() if key != "variance_type"}  # it has none
+        return LCMScheduler.from_config(config, **options)
 
     def make_objective(self, unet: nn.Module, optimizer: torch.optim.Optimizer) -> Objective:
         """The chosen loss; the discriminator joins the optimizer."""
