@@ -82,7 +82,8 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # singular values of at most 1
     for _ in range(NS_STEPS):
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A, in one kernel
+        X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
     return X.mT if tall else X
 
 
