@@ -101,6 +101,17 @@ def test_a_saved_state_resumes_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
 
+def test_a_saved_state_goes_to_the_device_of_the_parameters():
+    """AdamW's kernel wants its step counts where the parameters are; torch moves them for fused optimizers only."""
+    saved = [parameter(8, 8), parameter(8)]
+    optimizer = MuonAdamW(saved[:1], saved[1:])
+    optimizer.step()
+    elsewhere = [nn.Parameter(p.to("meta")) for p in saved]
+    resumed = MuonAdamW(elsewhere[:1], elsewhere[1:])
+    resumed.load_state_dict(optimizer.state_dict())
+    assert {value.device.type for state in resumed.state.values() for value in state.values()} == {"meta"}
+
+
 CHANNELS = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (32, 32)}
 
 

@@ -121,7 +121,7 @@ class MuonAdamW(torch.optim.Optimizer):
     ):
         groups = [
             {"params": list(matrices), "muon": True, "lr": muon_lr, "momentum": momentum},
-            {"params": list(others), "muon": False, "lr": lr, "betas": betas, "eps": eps},
+            {"params": list(others), "muon": False, "lr": lr, "betas": betas, "eps": eps, "fused": True},
         ]
         super().__init__([group for group in groups if group["params"]], {"weight_decay": weight_decay})
 
