@@ -18,7 +18,7 @@ a folder that --wheels names. For a machine with Python 3.12, torch, accelerate,
 and pandas, but without diffusers, datasets and pytest:
 
     pip download -c constraints.txt --no-deps --only-binary=:all: --python-version 3.12 -d wheels \
-        diffusers datasets dill multiprocess importlib_metadata pytest iniconfig pluggy
+        diffusers datasets dill multiprocess xxhash importlib_metadata pytest iniconfig pluggy
 """
 
 import argparse
@@ -28,6 +28,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PARTS = ["tests", "speed", "training", "scores", "quality"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,6 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="for all parts")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="run these only")
     parser.add_argument("--num_epochs", type=int, help="of training; by default 400, or 2 with --toy")
     parser.add_argument("--output_dir", type=Path, default=Path("gpu-run"))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")

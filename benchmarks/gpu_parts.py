@@ -83,14 +83,20 @@ class Run:
         self.folder: Path = args.output_dir
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "gpu.json"
-        self.result: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        self.result: dict[str, Any] = {}
+        if self.path.exists():
+            self.result = json.loads(self.path.read_text(encoding="utf-8"))["gpu"]
         self.size = toy(self.folder) if args.toy else Size()
         self.end = time.perf_counter() + 60 * args.minutes
 
     def write(self, part: str, figures: dict[str, Any]) -> None:
         """Write what there is of a part."""
         self.result[part] = figures | provenance(self.args)
-        write_json(self.result, self.path)
+        self.save()
+
+    def save(self) -> None:
+        """Write all that there is."""
+        write_json({"gpu": self.result}, self.path)
 
     def pending(self) -> list[str]:
         """The parts that are not done."""
@@ -113,7 +119,7 @@ class Run:
 
     def all_parts(self) -> None:
         """Run what is pending, each part within its share of the time; an error ends a part, not the run."""
-        pending = self.pending()
+        pending = [part for part in self.pending() if part in self.args.parts]
         for i, part in enumerate(pending):
             left = self.end - time.perf_counter()
             seconds = left * SHARES[part] / sum(SHARES[later] for later in pending[i:])
@@ -122,11 +128,11 @@ class Run:
             self.result.setdefault("errors", {}).pop(part, None)
             try:
                 getattr(self, part)(start + seconds)
-            except Exception:
-                self.result["errors"][part] = traceback.format_exc()
-                print(self.result["errors"][part], flush=True)
+            except Exception as error:
+                traceback.print_exc()
+                self.result["errors"][part] = repr(error)
             self.result.setdefault("seconds", {})[part] = round(time.perf_counter() - start, 1)
-            write_json(self.result, self.path)
+            self.save()
 
     # Tests -----------------------------------------------------------------------------------------------------------
 
@@ -311,7 +317,7 @@ class Run:
 
         (checkpoint,) = list_checkpoints(run)[-1:]
         decay = int(speed / self.size.batch_size * (deadline - time.perf_counter()))  # steps that there is time for
-        decay = max(1, min(end["step"] // 10, decay))
+        decay = max(1, min(end["step"] // 5, decay))
         folder = self.folder / f"decayed-{end['step']}"
         shutil.rmtree(folder, ignore_errors=True)  # of a call that was cut off
         options = {"resume_from_checkpoint": str(checkpoint), "lr_decay_steps": decay}
