@@ -1,20 +1,65 @@
-"""What the parts of `gpu.py` measure with: seconds, floating-point operations, and a Trainer that tells its time."""
+"""What the parts of `gpu.py` measure, how large, and with what: seconds, operations, a Trainer that tells its time."""
 
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mnist_ddpm.data import MNIST, load_split
 from mnist_ddpm.training import Trainer, TrainingArguments
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # dense bf16 TFLOP/s by NVIDIA's data sheets; the first name that is part of the device's
 PEAKS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L4": 121}
+WAYS: dict[str, dict[str, Any] | None] = {
+    "eager": None,
+    "compile": {"dynamic": False},
+    "CUDA graphs": {"dynamic": False, "mode": "reduce-overhead"},
+}
 WARMUP = 4  # steps in which torch.compile compiles, and CUDA graphs are recorded
+
+
+@dataclass
+class Size:
+    """How much of everything; by default what a GPU is for."""
+
+    dataset_name: str = MNIST
+    unet: dict[str, Any] = field(default_factory=dict)
+    ways: dict[str, dict[str, Any] | None] = field(default_factory=lambda: WAYS)
+    batch_size: int = 512
+    sampling_batch_size: int = 1000
+    num_inference_steps: int = 50
+    num_images: int = 10_000
+    timed_steps: int = 30
+    scheduler_rounds: int = 50
+    keep_epochs: int = 25
+
+
+def toy(folder: Path) -> Size:
+    """A rehearsal: 96 images of MNIST, a U-Net of some thousand weights, and `torch.compile` without a compiler."""
+    images = folder / "images"
+    if not images.exists():
+        images.mkdir(parents=True)
+        for split, count in (("train", 64), ("test", 32)):
+            load_split(MNIST, split=f"{split}[:{count}]").to_parquet(images / f"{split}-00000-of-00001.parquet")
+    return Size(
+        dataset_name=str(images),
+        unet={"block_out_channels": (8, 16), "norm_num_groups": 4},
+        ways={way: options and {"backend": "eager"} for way, options in WAYS.items()},
+        batch_size=4,
+        sampling_batch_size=2,
+        num_inference_steps=2,
+        num_images=32,
+        timed_steps=1,
+        scheduler_rounds=1,
+        keep_epochs=1,
+    )
 
 
 class TimedTrainer(Trainer):

@@ -9,7 +9,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,60 +18,18 @@ import torch
 from contenders import PEER_UNET, Course
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from gpu import ROOT, parse_args
-from gpu_measures import DEVICE, WARMUP, TimedTrainer, flops_per_image, free_memory, peak, seconds_per_step
+from gpu_measures import DEVICE, WARMUP, Size, TimedTrainer, flops_per_image, free_memory, peak, seconds_per_step, toy
 from quality import Quality, in_bf16, write_json
 
 from mnist_ddpm import MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
 from mnist_ddpm.cli import provenance
-from mnist_ddpm.data import MNIST, decode_images, load_split
+from mnist_ddpm.data import decode_images, load_split
 from mnist_ddpm.sampling import make_scheduler
 from mnist_ddpm.training import TrainingArguments
 from mnist_ddpm.training.checkpoints import kept_pipeline_path, list_checkpoints
 
 BF16 = DEVICE == "cuda"
 SHARES = {"tests": 2, "speed": 3, "training": 8, "scores": 2.5, "quality": 1.5}  # of the time
-WAYS: dict[str, dict[str, Any] | None] = {
-    "eager": None,
-    "compile": {"dynamic": False},
-    "CUDA graphs": {"dynamic": False, "mode": "reduce-overhead"},
-}
-
-
-@dataclass
-class Size:
-    """How much of everything; by default what a GPU is for."""
-
-    dataset_name: str = MNIST
-    unet: dict[str, Any] = field(default_factory=dict)
-    ways: dict[str, dict[str, Any] | None] = field(default_factory=lambda: WAYS)
-    batch_size: int = 512
-    sampling_batch_size: int = 1000
-    num_inference_steps: int = 50
-    num_images: int = 10_000
-    timed_steps: int = 30
-    scheduler_rounds: int = 50
-    keep_epochs: int = 25
-
-
-def toy(folder: Path) -> Size:
-    """A rehearsal: 96 images of MNIST, a U-Net of some thousand weights, and `torch.compile` without a compiler."""
-    images = folder / "images"
-    if not images.exists():
-        images.mkdir(parents=True)
-        for split, count in (("train", 64), ("test", 32)):
-            load_split(MNIST, split=f"{split}[:{count}]").to_parquet(images / f"{split}-00000-of-00001.parquet")
-    return Size(
-        dataset_name=str(images),
-        unet={"block_out_channels": (8, 16), "norm_num_groups": 4},
-        ways={way: options and {"backend": "eager"} for way, options in WAYS.items()},
-        batch_size=4,
-        sampling_batch_size=2,
-        num_inference_steps=2,
-        num_images=32,
-        timed_steps=1,
-        scheduler_rounds=1,
-        keep_epochs=1,
-    )
 
 
 class Run:

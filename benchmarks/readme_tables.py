@@ -8,7 +8,9 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+
+import training_tables as of_training
+from tables import Result, origins, table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -17,23 +19,6 @@ DOCUMENTS = (
     *(ROOT / "docs" / f"{name}.md" for name in ("results", "theory", "labels", "few_steps")),
 )
 SECTION = re.compile(r"<!-- (?P<name>\w+):begin -->\n.*?<!-- (?P=name):end -->", re.DOTALL)
-
-Result = dict[str, Any]
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *rows])
-
-
-def origins(results: dict[str, Result]) -> str:
-    """How each result was made, a line each."""
-    versions = "torch {torch}, diffusers {diffusers}"
-    return "\n".join(
-        f"- `{result['command']}` ({result['machine']}; {versions.format_map(result['versions'])})"
-        for result in results.values()
-    )
 
 
 def scores(results: dict[str, Result]) -> str:
@@ -80,24 +65,12 @@ def classifier(results: dict[str, Result]) -> str:
     return f"The classifier is right on {accuracy:.2%} of the {count:,} test images.\n\n{origins(results)}"
 
 
-def runs(results: dict[str, Result]) -> str:
-    """Runs that made weights of the package, one after the other, by `benchmarks/training_curve.py`."""
-    lines = []
-    for result in results.values():
-        run = result.get("training") or result["distillation"]
-        cost = f"{run['images']:,} images in {run['steps']:,} steps and {run['seconds'] / 60:.0f} minutes"
-        if "training" in result:  # the loss of a generator says nothing
-            cost += f", mean loss of the last {run['loss_window']} steps {run['loss'][-1]:.4f}"
-        lines.append(f"- `{run['command']}`: {cost}, {run['images_per_second']} images per second ({run['machine']})")
-    return "\n".join(lines)
-
-
 def scheduler_step(results: dict[str, Result]) -> str:
     """Times by `benchmarks/scheduler_step.py`: a row for a scheduler and a shape, a column for a kind of work."""
-    (result,) = results.values()
-    columns = list(dict.fromkeys(row["work"] for row in result["rows"]))
+    all_rows = [row for result in results.values() for row in result["rows"]]
+    columns = list(dict.fromkeys(row["work"] for row in all_rows))
     ratios: dict[str, dict[str, str]] = {}
-    for row in result["rows"]:
+    for row in all_rows:
         name = f"{row['scheduler']}, {' x '.join(map(str, row['shape']))}, {row['device']}"
         ratios.setdefault(name, {})[row["work"]] = f"{row['ratio']:.2f}"
     rows = [[name, *(of_work[work] for work in columns)] for name, of_work in ratios.items()]
@@ -200,38 +173,6 @@ def guidance(results: dict[str, Result]) -> str:
     )
 
 
-def schedules(results: dict[str, Result]) -> str:
-    """Linear and cosine betas, by `benchmarks/schedules.py`: a row for a schedule and a seed."""
-    (result,) = results.values()
-    runs = result["runs"]
-    steps = list(next(iter(runs.values()))["fid"])
-    rows = [
-        [
-            name.replace("-", ", seed "),
-            f"{run['bits_per_dim']['total']:.3f}",
-            f"{run['bits_per_dim']['L_0']:.3f}",
-            *(f"{run['fid'][n]['fid']:.2f}" for n in steps),
-        ]
-        for name, run in runs.items()
-    ]
-    titles = ["bits per dimension", "of them L_0", *(f"FID, {n} steps" for n in steps)]
-    return f"{table(['', *titles], rows)}\n\n{origins(results)}"
-
-
-def likelihood(results: dict[str, Result]) -> str:
-    """Training for likelihood, by `benchmarks/likelihood.py`: a row for each choice that is changed."""
-    (result,) = results.values()
-    rows = [
-        [name, f"{bound['total']:.3f} +- {bound['standard_error']:.3f}", f"{bound['L_0']:.3f}", f"{bound['L_T']:.3f}"]
-        for name, bound in result["likelihood"].items()
-    ]
-    return (
-        f"After {result['settings']['max_train_steps']:,} steps, with all choices, with one of them changed, and with "
-        "none of them:\n\n"
-        f"{table(['', 'bits per dimension', 'of them `L_0`', 'of them `L_T`'], rows)}\n\n{origins(results)}"
-    )
-
-
 def bits_per_dim(results: dict[str, Result]) -> str:
     """The bound by `examples/evaluate.py --bits_per_dim`: a row for each model."""
     parts = ("total", "standard_error", "L_T", "sum of L_{t-1}", "L_0")
@@ -244,120 +185,22 @@ def bits_per_dim(results: dict[str, Result]) -> str:
     return f"{table(['', *titles], rows)}\n\n{origins(results)}"
 
 
-def recipes(results: dict[str, Result]) -> str:
-    """Short trainings by `benchmarks/recipes.py`: a row for each change."""
-    (result,) = results.values()
-    settings = result["settings"]
-    rows = [
-        [
-            change,
-            f"{recipe['training_images_per_second']:.0f}",
-            f"{recipe['fid']:.2f}",
-            f"{recipe['confident_share']:.0%}",
-            f"{recipe['error']:.4f}",
-            f"{recipe['error_by_tenth_of_t'][0]:.4f}",
-        ]
-        for change, recipe in result["recipes"].items()
-    ]
-    titles = ["images per second", "FID", "confidence >= 0.9", "error of v", "in the lowest tenth of t"]
-    return (
-        f"After {settings['images']:,} images on {result['threads']} thread(s); {settings['num_images']:,} samples in "
-        f"{settings['num_inference_steps']} DDIM steps; real-data baseline {result['floor']['fid']:.2f}. The error is "
-        f"that on test images:\n\n{table(['change', *titles], rows)}\n\n{origins(results)}"
-    )
-
-
-def scored_minutes(result: Result) -> dict[str, dict[float, Result]]:
-    """What `benchmarks/time_to_quality.py` measured of each contender, by the minute of its training, rounded."""
-    return {
-        name: {round(point["minutes"]): point for point in contender["curve"]}
-        for name, contender in result["contenders"].items()
-    }
-
-
-def training_speed(result: Result, minute: float) -> dict[str, float]:
-    """Images per second of each contender from its second step to that minute."""
-    return {
-        name: (points[minute]["steps"] - 1)
-        * result["contenders"][name]["batch_size"]
-        / (60 * points[minute]["minutes"])
-        for name, points in scored_minutes(result).items()
-    }
-
-
-def time_to_quality(results: dict[str, Result]) -> str:
-    """FID over time by `benchmarks/time_to_quality.py`, for each contender; and sampling after training."""
-    (result,) = results.values()
-    scored = scored_minutes(result)
-    minutes = sorted({m for points in scored.values() for m in points})
-    together = max(m for m in minutes if all(m in points for points in scored.values()))
-    speed = training_speed(result, together)
-    training_rows = [
-        [
-            f"`{name}`",
-            f"{contender['parameters'] / 1e6:.1f} M",
-            f"{speed[name]:.0f}",
-            *(f"{scored[name][m]['fid']:.1f}" if m in scored[name] else "" for m in minutes),
-        ]
-        for name, contender in result["contenders"].items()
-    ]
-    sampling_rows = [
-        [
-            f"`{name}`",
-            str(point["num_inference_steps"]),
-            point["sampler"],
-            f"{point['samples_per_second']:.1f}",
-            f"{point['fid']:.2f}",
-        ]
-        for name, points in result["sampling"].items()
-        for point in points
-    ]
-    training_titles = ["parameters", "images per second", *(f"FID, {m:g} min" for m in minutes)]
-    return (
-        f"Training on {result['threads']} threads. Images per second are over the first {together:g} minutes. FID is "
-        f"of {result['num_images']:,} samples in\n{result['num_inference_steps']} DDPM steps (real-data baseline: "
-        f"{result['floor']['fid']:.2f}):\n\n{table(['', *training_titles], training_rows)}\n\n"
-        "Sampling at the end of each training:\n\n"
-        f"{table(['', 'steps', 'sampler', 'samples per second', 'FID'], sampling_rows)}\n\n{origins(results)}"
-    )
-
-
-def comparison(results: dict[str, Result]) -> str:
-    """The race in few rows: ours and the course's U-Net, as it comes and tuned."""
-    (result,) = results.values()
-    scored, speed = scored_minutes(result), training_speed(result, 10)
-    contenders = ("ours", "stock", "tuned")
-    rows = [
-        *(
-            [f"FID after {m} min of training", *(f"{scored[name][m]['fid']:.1f}" for name in contenders)]
-            for m in (1, 10, 20)
-        ),
-        ["training images per second", *(f"{speed[name]:.0f}" for name in contenders)],
-        ["samples per second, 50 steps", *(f"{scored[name][20]['samples_per_second']:.1f}" for name in contenders)],
-    ]
-    return (
-        f"Measured on {result['machine']}, {result['threads']} threads, all in turns. FID of {result['num_images']} "
-        f"samples, real images: {result['floor']['fid']:.1f}. If our learning rate falls to 0 by then, it is "
-        f"{scored['ours_decayed'][10]['fid']:.1f} after 10 minutes. More tables and all commands: "
-        "[docs/results.md](docs/results.md).\n\n"
-        f"{table(['', 'this package', 'U-Net of the Hugging Face diffusion course', 'the same, tuned'], rows)}"
-    )
-
-
 # each section: the key that its results have and no others, and what makes the section of them
 SECTIONS = {
-    "comparison": ("contenders", comparison),
-    "training": ("training", runs),
-    "distillation": ("distillation", runs),
+    "comparison": ("contenders", of_training.comparison),
+    "training": ("training", of_training.runs),
+    "distillation": ("distillation", of_training.runs),
     "scores": ("scores", scores),
-    "race": ("contenders", time_to_quality),
+    "race": ("contenders", of_training.time_to_quality),
     "schedulers": ("schedulers", schedulers),
     "classifier": ("test_accuracy", classifier),
     "scheduler_step": ("rows", scheduler_step),
-    "recipes": ("recipes", recipes),
+    "recipes": ("recipes", of_training.recipes),
+    "gpu": ("gpu", of_training.gpu),
+    "epochs": ("epochs", of_training.epochs),
     "bits_per_dim": ("bits_per_dim", bits_per_dim),
-    "likelihood": ("likelihood", likelihood),
-    "schedules": ("runs", schedules),
+    "likelihood": ("likelihood", of_training.likelihood),
+    "schedules": ("runs", of_training.schedules),
     "sampling_noise": ("noise_table", noise_table),
     "few_steps": ("few_steps", few_steps),
     "few_steps_best": ("few_steps", few_steps_best),

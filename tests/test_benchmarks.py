@@ -2,6 +2,7 @@
 
 import json
 
+import epochs
 import guidance
 import likelihood
 import pytest
@@ -11,7 +12,8 @@ import time_to_quality
 import torch
 from contenders import Course
 from quality import loss_over_t
-from tiny_training import UNET
+from PIL import Image
+from tiny_training import UNET, write_workplace
 
 from mnist_ddpm import MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
 from mnist_ddpm.training import TrainingArguments
@@ -58,6 +60,27 @@ def test_error_over_t_of_a_network_that_predicts_nothing_is_the_power_of_v():
     alpha_bar = scheduler.alphas_cumprod[timesteps].float()
     power = alpha_bar + (1 - alpha_bar) * (images / 127.5 - 1).square().mean()
     torch.testing.assert_close(errors, power, rtol=0.1, atol=0)
+
+
+def test_the_pipelines_of_a_training_are_scored_once_and_shown(tmp_path):
+    workplace = write_workplace(tmp_path)
+    for name in ("early", "late"):
+        pipe = MNISTDDPMPipeline(MNISTUNet2DModel(sample_size=28, **UNET), MNISTDDPMScheduler())
+        pipe.save_pretrained(tmp_path / name)
+    output, picture = tmp_path / "epochs.json", tmp_path / "epochs.png"
+    flags = ["--num_images", 20, "--num_inference_steps", 2, "--dataset_name", workplace / "images"]
+    flags += ["--output", output, "--picture", picture]
+
+    def measure(*pipelines):
+        return epochs.main(epochs.parse_args([*pipelines, *map(str, flags)]))["epochs"]
+
+    first = measure(f"1={tmp_path / 'early'}")
+    both = measure(f"1={tmp_path / 'early'}", f"2.5={tmp_path / 'late'}")
+    assert both["1"] == first["1"]  # with the same seconds: kept
+    assert both["2.5"].keys() == {"ddpm", "ddim"}
+    with Image.open(picture) as grid:
+        assert grid.height * 16 == grid.width * 2
+    assert "| 2.5 |" in readme_tables.section("epochs", tmp_path)
 
 
 def test_guidance_is_measured_row_by_row_by_labels_and_by_guides(tmp_path, monkeypatch, capsys):
