@@ -1,9 +1,9 @@
-r"""How a training gets better: scores and samples of the pipelines that it kept, by DDPM and by DDIM.
+"""How a training gets better: scores and samples of the pipelines that it kept, by DDPM and by DDIM.
 
     python benchmarks/epochs.py 25=mnist-400/pipelines/step-00002930 50=mnist-400/pipelines/step-00005860
 
 Each pipeline stands behind the number of its epochs. The picture has a row for each, from the same noise: DDPM, then
-DDIM. Scores that the output file has already are kept.
+DDIM. Scores that the output file has of the same pipelines are kept.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from figures import enlarged
 from quality import Quality, earlier_figures, in_bf16, write_json
 
 from mnist_ddpm import MNISTDDPMPipeline
@@ -43,24 +44,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Score and sample, and write what there is after each score."""
     settings = {name: getattr(args, name) for name in ("num_images", "num_inference_steps", "seed")}
-    scores = earlier_figures(args.output, "epochs", settings)
+    earlier = earlier_figures(args.output, "epochs", settings)
     quality = Quality(args.num_images, args.seed, dataset_name=args.dataset_name)
-    result = {"epochs": scores, "settings": settings, "floor": quality.floor, **provenance(args)}
+    rows: dict[str, dict[str, Any]] = {}
+    result = {"epochs": rows, "settings": settings, "floor": quality.floor, **provenance(args)}
     options: dict[str, Any] = {"num_inference_steps": args.num_inference_steps}
     images: list[Any] = []
     for pair in args.pipelines:
         epochs, path = pair.split("=", 1)
+        row = earlier.get(epochs, {})
+        rows[epochs] = row = row if row.get("pipeline") == path else {"pipeline": path}
         pipe = MNISTDDPMPipeline.from_pretrained(path)
         for name in SAMPLERS:
             pipe.scheduler = make_scheduler(name, pipe.scheduler.config)
             with in_bf16("cpu", enabled=True):
                 for _, batch in sample(pipe, range(COLUMNS), args.seed, COLUMNS, **options):
                     images += batch
-            if name not in scores.setdefault(epochs, {}):
-                scores[epochs][name] = quality(pipe, bf16=True, **options)
-                print(epochs, name, scores[epochs][name], flush=True)
+            if name not in row:
+                row[name] = quality(pipe, bf16=True, **options)
+                print(epochs, name, row[name], flush=True)
                 write_json(result, args.output)
-    image_grid(images, columns=len(SAMPLERS) * COLUMNS).save(args.picture)
+    write_json(result, args.output)
+    enlarged(image_grid(images, columns=len(SAMPLERS) * COLUMNS)).save(args.picture)
     return result
 
 

@@ -12,10 +12,10 @@ The parts, each within its share of the time; `gpu.json` is written after each o
 - `scores`: 10,000 samples of the pipeline in `decayed-STEP/`, by `examples/evaluate.py` (`ddim_50.json`, ...);
 - `quality`: FID along the training; seconds of training to twice the FID of real images.
 
-The same command keeps the parts that are done, and resumes the training; with --num_epochs 1200, up to there.
-`--device cpu --toy` rehearses all of it. No part needs a network. Where packages are missing, wheels travel along, in
-a folder that --wheels names. For a machine with Python 3.12, torch, accelerate, transformers, torchmetrics, pyarrow
-and pandas, but without diffusers, datasets and pytest:
+--parts names those to run. The same command keeps the parts that are done, and resumes the training; with --num_epochs
+1200, up to there. `--device cpu --toy` rehearses all of it. No part needs a network. Wheels of missing packages
+may travel along, in a folder that --wheels names. For a machine with Python 3.12, torch, accelerate, transformers,
+torchmetrics, pyarrow and pandas, but without diffusers, datasets and pytest:
 
     pip download -c constraints.txt --no-deps --only-binary=:all: --python-version 3.12 -d wheels \
         diffusers datasets dill multiprocess xxhash importlib_metadata pytest iniconfig pluggy
@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ["tests", "speed", "training", "scores", "quality"]
+SHARES = {"tests": 2, "speed": 3, "training": 8, "scores": 2.5, "quality": 1.5}  # of the time, for each part
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="for all parts")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="run these only")
+    parser.add_argument("--parts", nargs="+", choices=SHARES, default=[*SHARES], help="which; by default all")
     parser.add_argument("--num_epochs", type=int, help="of training; by default 400, or 2 with --toy")
     parser.add_argument("--output_dir", type=Path, default=Path("gpu-run"))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")

@@ -1,4 +1,4 @@
-"""What the parts of `gpu.py` measure, how large, and with what: seconds, operations, a Trainer that tells its time."""
+"""Sizes, timers and a timed Trainer for the parts of `gpu.py`."""
 
 import gc
 import time

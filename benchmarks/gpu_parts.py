@@ -17,7 +17,7 @@ import scheduler_step
 import torch
 from contenders import PEER_UNET, Course
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from gpu import ROOT, parse_args
+from gpu import ROOT, SHARES, parse_args
 from gpu_measures import DEVICE, WARMUP, Size, TimedTrainer, flops_per_image, free_memory, peak, seconds_per_step, toy
 from quality import Quality, in_bf16, write_json
 
@@ -29,7 +29,6 @@ from mnist_ddpm.training import TrainingArguments
 from mnist_ddpm.training.checkpoints import kept_pipeline_path, list_checkpoints
 
 BF16 = DEVICE == "cuda"
-SHARES = {"tests": 2, "speed": 3, "training": 8, "scores": 2.5, "quality": 1.5}  # of the time
 
 
 class Run:
@@ -57,18 +56,14 @@ class Run:
 
     def pending(self) -> list[str]:
         """The parts that are not done."""
-        training = self.result.get("training", {})
-        if training.get("epochs", 0) < self.args.num_epochs or "decayed" not in training:
-            return [part for part in SHARES if part not in self.result or part not in ("tests", "speed")]
-        step, scores = training["decayed"]["step"], self.result.get("scores", {})
-        done = {
-            "tests": "tests" in self.result,
-            "speed": "speed" in self.result,
-            "training": True,
-            "scores": scores.get("step") == step and self.score_names().keys() <= scores.keys(),
-            "quality": len(self.result.get("quality", {}).get("curve", [])) == len(training["kept"]) + 1,
-        }
-        return [part for part in SHARES if not done[part]]
+        done = {"tests": self.result.get("tests", {}).get("returncode") == 0, "speed": "speed" in self.result}
+        training, scores = self.result.get("training", {}), self.result.get("scores", {})
+        if training.get("epochs", 0) >= self.args.num_epochs and "decayed" in training:
+            done["training"] = True
+            of_these_weights = scores.get("step") == training["decayed"]["step"]
+            done["scores"] = of_these_weights and self.score_names().keys() <= scores.keys()
+            done["quality"] = len(self.result.get("quality", {}).get("curve", [])) == len(training["kept"]) + 1
+        return [part for part in self.args.parts if not done.get(part)]
 
     def score_names(self) -> dict[str, str]:
         """The scheduler of each file of scores."""
@@ -76,7 +71,7 @@ class Run:
 
     def all_parts(self) -> None:
         """Run what is pending, each part within its share of the time; an error ends a part, not the run."""
-        pending = [part for part in self.pending() if part in self.args.parts]
+        pending = self.pending()
         for i, part in enumerate(pending):
             left = self.end - time.perf_counter()
             seconds = left * SHARES[part] / sum(SHARES[later] for later in pending[i:])
@@ -103,6 +98,8 @@ class Run:
         lines = run.stdout.strip().splitlines() or [output.strip()]
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
         self.write("tests", {"summary": lines[-1], "returncode": run.returncode, "failed": failed})
+        if run.returncode:
+            raise RuntimeError(f"tests must pass, got {lines[-1]}.")
 
     @staticmethod
     def process(command: list[str], deadline: float) -> subprocess.CompletedProcess[str]:
@@ -303,7 +300,9 @@ class Run:
 
     def scores(self, deadline: float) -> None:
         """Samples of the trained pipeline, by DDIM and DDPM, through `examples/evaluate.py`."""
-        decayed = self.result["training"]["decayed"]
+        decayed = self.result.get("training", {}).get("decayed")
+        if decayed is None:
+            raise ValueError("training must be done before scores, got none. Run --parts training.")
         figures = self.result.get("scores", {})
         if figures.get("step") != decayed["step"]:
             figures = {"step": decayed["step"]}
@@ -331,10 +330,10 @@ class Run:
 
     def quality(self, deadline: float) -> None:
         """FID of each pipeline that was kept, and the first whose FID is at most twice that of real images."""
-        training = self.result["training"]
+        training = {"kept": []} | self.result.get("training", {})
         paths = {point["step"]: kept_pipeline_path(self.folder / "run", point["step"]) for point in training["kept"]}
-        points = [*training["kept"], training["decayed"]]
-        paths[training["decayed"]["step"]] = self.folder / training["decayed"]["pipeline"]
+        points = [*training["kept"], *filter(None, [training.get("decayed")])]
+        paths |= {point["step"]: self.folder / point["pipeline"] for point in points if "pipeline" in point}
         quality = Quality(self.size.num_images, self.args.seed, 2500, DEVICE, self.size.dataset_name)
         earlier = {point["step"]: point for point in self.result.get("quality", {}).get("curve", [])}
         curve: list[dict[str, Any]] = []
@@ -362,6 +361,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        sys.exit(1 if main(parse_args())["errors"] else 0)
+        arguments = parse_args()
+        errors = main(arguments).get("errors", {})
+        sys.exit(any(part in errors for part in arguments.parts))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command resumes")

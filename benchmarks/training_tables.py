@@ -61,22 +61,24 @@ def epochs(results: dict[str, Result]) -> str:
 
 
 def gpu(results: dict[str, Result]) -> str:
-    """Images per second by `benchmarks/gpu.py`, ours and diffusers'."""
+    """Images per second by `benchmarks/gpu.py`, ours and diffusers'; then how each of its parts was run."""
     (result,) = results.values()
-    speed = result["gpu"]["speed"]
+    parts = result["gpu"]
     rows = [
         [
             f"{row['work']}, {row['house']}, {row['way']}",
             f"{row['batch_size']:,}",
             f"{row['images_per_second']:,.0f}",
             f"{row['gflops_per_image']:.1f}",
-            f"{row['share_of_peak']:.1%}",
+            "" if row["share_of_peak"] is None else f"{row['share_of_peak']:.1%}",
             f"{row['first_seconds']:.0f}",
         ]
-        for row in sorted(speed["rows"], key=lambda row: row["work"], reverse=True)
+        for row in sorted(parts["speed"]["rows"], key=lambda row: row["work"], reverse=True)
+        if "error" not in row
     ]
-    titles = ["batch", "images per second", "GFLOP per image", "share of the chip's peak", "seconds before"]
-    return f"{table(['', *titles], rows)}\n\n{origins({'speed': speed})}"
+    titles = ["batch", "images per second", "GFLOP per image", "share of the bf16 peak", "first steps, s"]
+    figures = {part: parts[part] for part in ("speed", "training", "tests")}
+    return f"{table(['', *titles], rows)}\n\n{origins(figures)}"
 
 
 def schedules(results: dict[str, Result]) -> str:

@@ -11,8 +11,8 @@ import recipes
 import time_to_quality
 import torch
 from contenders import Course
-from quality import loss_over_t
 from PIL import Image
+from quality import loss_over_t
 from tiny_training import UNET, write_workplace
 
 from mnist_ddpm import MNISTDDPMPipeline, MNISTDDPMScheduler, MNISTUNet2DModel
@@ -77,7 +77,10 @@ def test_the_pipelines_of_a_training_are_scored_once_and_shown(tmp_path):
     first = measure(f"1={tmp_path / 'early'}")
     both = measure(f"1={tmp_path / 'early'}", f"2.5={tmp_path / 'late'}")
     assert both["1"] == first["1"]  # with the same seconds: kept
-    assert both["2.5"].keys() == {"ddpm", "ddim"}
+    assert both["2.5"].keys() == {"pipeline", "ddpm", "ddim"}
+    again = measure(f"2.5={tmp_path / 'early'}")  # another pipeline
+    assert again["2.5"]["ddpm"] != both["2.5"]["ddpm"]
+    measure(f"1={tmp_path / 'early'}", f"2.5={tmp_path / 'late'}")
     with Image.open(picture) as grid:
         assert grid.height * 16 == grid.width * 2
     assert "| 2.5 |" in readme_tables.section("epochs", tmp_path)

@@ -102,7 +102,6 @@ def test_a_saved_state_resumes_bit_for_bit():
 
 
 def test_a_saved_state_goes_to_the_device_of_the_parameters():
-    """AdamW's kernel wants its step counts where the parameters are; torch moves them for fused optimizers only."""
     saved = [parameter(8, 8), parameter(8)]
     optimizer = MuonAdamW(saved[:1], saved[1:])
     optimizer.step()

@@ -121,9 +121,16 @@ class MuonAdamW(torch.optim.Optimizer):
     ):
         groups = [
             {"params": list(matrices), "muon": True, "lr": muon_lr, "momentum": momentum},
-            {"params": list(others), "muon": False, "lr": lr, "betas": betas, "eps": eps, "fused": True},
+            {"params": list(others), "muon": False, "lr": lr, "betas": betas, "eps": eps},
         ]
         super().__init__([group for group in groups if group["params"]], {"weight_decay": weight_decay})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; AdamW's step counts go where the parameters are, as its kernel wants them there."""
+        super().load_state_dict(state_dict)
+        for p, state in self.state.items():
+            if "step" in state:
+                state["step"] = state["step"].to(p.device)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
