@@ -113,7 +113,7 @@ def enlarged(image: Image.Image) -> Image.Image:
 
 
 def curve_picture() -> Image.Image:
-    """The loss of the training that made the package's weights, from `benchmarks/results/training.json`."""
+    """The loss of the training that began the package's weights, from `benchmarks/results/training.json`."""
     import matplotlib
 
     matplotlib.use("Agg")

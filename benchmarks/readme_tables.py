@@ -110,9 +110,9 @@ def few_steps(results: dict[str, Result]) -> str:
         fids = {n: f"{cell['fid']:.2f}" for n, cell in cells.items()}
         rows.append([name, *(f"**{fids[n]}**" if name == best[n] else fids.get(n, "") for n in best)])
     return (
-        f"FID of {result['settings']['num_images']:,} samples of the package's weights, by the evaluations of the "
-        f"network that a sample takes\n(real-data baseline: {result['floor']['fid']:.2f}). Bold: the lowest of a "
-        f"column.\n\n{table(['', *best], rows)}\n\n"
+        f"FID of {result['settings']['num_images']:,} samples by the evaluations of the network that a sample takes "
+        f"(real-data baseline: {result['floor']['fid']:.2f}).\nBold: the lowest of a column.\n\n"
+        f"{table(['', *best], rows)}\n\n"
         f"![FID over evaluations, a line for each sampler](few_steps.png)\n\n{origins(results)}"
     )
 
@@ -138,8 +138,12 @@ def timestep_grid(results: dict[str, Result]) -> str:
 
 
 def guidance(results: dict[str, Result]) -> str:
-    """Guidance by labels or by guides, by `benchmarks/guidance.py`: a row for a guide, an interval and a scale."""
-    (result,) = results.values()
+    """Guidance by labels or by guides, by `benchmarks/guidance.py`, a table for each result."""
+    return "\n\n".join(f"{guidance_table(result)}\n\n{origins({name: result})}" for name, result in results.items())
+
+
+def guidance_table(result: Result) -> str:
+    """A row for a guide, an interval and a scale."""
     rows = result.get("guides") or result["guidance"]
     columns = {
         "FID": ("fid", ".2f"),
@@ -169,7 +173,7 @@ def guidance(results: dict[str, Result]) -> str:
     settings = result["settings"]
     return (
         f"{settings['num_images']:,} samples each, {settings['num_inference_steps']} steps of "
-        f"`{settings['scheduler']}`:\n\n{table([*head, 'scale', 't / T', *columns], lines)}\n\n{origins(results)}"
+        f"`{settings['scheduler']}`:\n\n{table([*head, 'scale', 't / T', *columns], lines)}"
     )
 
 

@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling.add_argument("--num_inference_steps", type=int, help="by default 50, or 4 for a pipeline for few steps")
     sampling.add_argument("--scheduler", default="auto", help="a name that sample.py takes; by default auto, as there")
     sampling.add_argument(
-        "--guidance_scale", type=float, help="scale of guidance by the pipeline's guide; 1: none; by default 2"
+        "--guidance_scale", type=float, help="scale of guidance by the pipeline's guide; 1: none; by default 1.5"
     )
     sampling.add_argument(
         "--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="t / T of guidance; by default 0.2 1"

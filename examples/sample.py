@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--guidance_scale",
         type=float,
-        help="Scale of guidance, by labels or by a guide; 1: none. By default 2 if the pipeline has a guide, else 1.",
+        help="Scale of guidance, by labels or by a guide; 1: none. By default 1.5 where there is a guide, else 1.",
     )
     parser.add_argument(
         "--guidance_interval",

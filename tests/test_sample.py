@@ -125,7 +125,7 @@ def test_a_guide_leads_unless_the_scale_is_1(tmp_path, model):
     pipe = MNISTDDPMPipeline.from_pretrained(model)
     guide = MNISTUNet2DModel.from_config(pipe.unet.config)
     MNISTDDPMPipeline(pipe.unet, pipe.scheduler, guide=guide).save_pretrained(tmp_path / "guided")
-    flags = {"default": (), "as_default": ("--guidance_scale", 2), "off": ("--guidance_scale", 1)}
+    flags = {"default": (), "as_default": ("--guidance_scale", 1.5), "off": ("--guidance_scale", 1)}
     for name, words in flags.items():
         run(str(tmp_path / "guided"), "--output", tmp_path / f"{name}.png", "--num_images", 1, *words)
     run(model, "--output", tmp_path / "without.png", "--num_images", 1)

@@ -92,7 +92,7 @@ images = pipe(batch_size=4, class_labels={name}, guidance_scale=2.0, num_inferen
 GUIDE = """
 ## Guide
 
-A weaker U-Net, from which `pipe(guidance_scale=2.0)` leads away ([arXiv 2406.02507](https://arxiv.org/abs/2406.02507)).
+A weaker U-Net, from which `pipe(guidance_scale=1.5)` leads away ([arXiv 2406.02507](https://arxiv.org/abs/2406.02507)).
 """
 EVALUATION = """## Evaluation
 

@@ -35,8 +35,8 @@ SCHEDULERS = {
 """Short names of the schedulers that sample a pipeline, and their classes in this package or in diffusers."""
 
 AUTO = {5: "dpmsolver_multistep", 30: "sde_dpmsolver_multistep", 1000: "ddpm"}
-"""Up to how many steps `"auto"` takes which scheduler: the one of the lowest FID for the package's weights, without
-guidance, in `benchmarks/results/few_steps.json`, or in 50 steps one that is as good within the noise."""
+"""Up to how many steps `"auto"` takes which scheduler: the one of the lowest FID, without guidance, in
+`benchmarks/results/few_steps.json`, or in 50 steps one that is as good within the noise."""
 
 
 def auto_scheduler(num_inference_steps: int, prediction_type: str = "v_prediction") -> str:
@@ -51,7 +51,7 @@ def auto_scheduler(num_inference_steps: int, prediction_type: str = "v_predictio
 
 
 SEARCHED_TIMESTEPS = (999, 955, 943, 891, 823, 771, 647, 475, 231, 83)
-"""The timesteps of ten steps that `benchmarks/timestep_grid.py` found for the package's weights."""
+"""The timesteps of ten steps that `benchmarks/timestep_grid.py` found."""
 MAX_SEARCHED_STEPS = 30
 """Up to how many steps `"auto"` takes them: better than equally spaced ones up to 20, where the measurement
 `benchmarks/results/few_steps.json` has its last column before 50."""
@@ -95,7 +95,7 @@ def guidance_options(
     Near t = 0 the digit is decided, and guidance would turn black pixels dark gray.
     """
     if pipe.guide is not None:
-        scale, interval = 2.0 if scale is None else scale, interval or [0.2, 1.0]  # a list, as in JSON
+        scale, interval = 1.5 if scale is None else scale, interval or [0.2, 1.0]  # a list, as in JSON
     given = {"guidance_scale": scale, "guidance_interval": interval}
     return {name: value for name, value in given.items() if value is not None}
 
