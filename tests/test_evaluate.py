@@ -84,7 +84,7 @@ def test_a_guide_leads_unless_the_scale_is_1(tmp_path, dataset):
     argv = ["--model", str(tmp_path / "model"), "--num_images", "5", "--num_inference_steps", "2"]
     argv += ["--dataset_name", dataset, "--output", str(tmp_path / "s.json")]
     results = [run(*argv, *flags) for flags in ([], ["--guidance_scale", "1"], ["--bf16"])]
-    assert [result["source"]["guidance_scale"] for result in results] == [2, 1, 2]
+    assert [result["source"]["guidance_scale"] for result in results] == [1.5, 1, 1.5]
     assert len({result["scores"]["nearest_distance"] for result in results}) == 3
 
 
